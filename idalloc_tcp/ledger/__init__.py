@@ -9,7 +9,7 @@ from typing import Protocol
 
 import attrs
 
-from ..pool import Segment
+from idalloc_tcp.pool import Segment
 
 
 @attrs.frozen
