@@ -1,0 +1,155 @@
+"""One connection on a stream: a nursery, its deadlines, and the session it moves bytes for.
+
+The connection's nursery lives as long as the connection. Its cancel scope carries one deadline,
+moved ahead at each step: how long the client may stay silent, may take to finish a line that it
+began, or to accept its replies. When a deadline passes, the nursery ends, and with it all that
+was going on.
+"""
+
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Final, final
+
+import attrs
+import structlog
+import trio
+
+from idalloc_tcp.errors import BadSyntax, IdallocError, Internal
+from idalloc_tcp.session import Session
+
+#: Read at once; together with the session's bound on replies this bounds a connection's memory.
+RECEIVE_BYTES: Final = 16_384
+#: On a stop, a client that has sent nothing for so long counts as idle.
+QUIET_SECONDS: Final = 0.05
+#: Closing a socket that has unread input resets it, and the reset may overtake the last replies.
+#: So after them the input is read and dropped: for so long, and so much, at most.
+LINGER_SECONDS: Final = 0.5
+LINGER_BYTES: Final = 1_048_576
+#: How long the very last line may take to be accepted.
+FAREWELL_SECONDS: Final = 0.5
+
+#: Waits for IDs: as `Session`'s take, but never None.
+Wait = Callable[[str, int], Awaitable[int]]
+
+
+@final
+@attrs.frozen
+class ConnectionLimits:
+    """How long a client may take, in seconds."""
+
+    #: ... without sending anything.
+    idle_seconds: float = 3600.0
+    #: ... to finish a line that it began.
+    line_seconds: float = 60.0
+    #: ... to accept its replies.
+    send_seconds: float = 30.0
+
+
+@final
+@attrs.define(eq=False)
+class Connection:
+    """The slow lane: everything goes through one task and a Trio stream."""
+
+    _stream: trio.abc.HalfCloseableStream
+    _session: Session
+    _wait: Wait
+    _limits: ConnectionLimits
+    _scope: trio.CancelScope = attrs.field(init=False, factory=trio.CancelScope)
+    _line_began_at: float | None = attrs.field(init=False, default=None)
+    _is_reading: bool = attrs.field(init=False, default=False)
+    _is_draining: bool = attrs.field(init=False, default=False)
+    _is_broken: bool = attrs.field(init=False, default=False)
+    _last_line: bytes = attrs.field(init=False, default=b"")
+
+    async def run(self) -> None:
+        """Serve the client until it leaves, misses a deadline or is drained."""
+        async with self._stream:
+            async with trio.open_nursery() as nursery:
+                self._scope = nursery.cancel_scope
+                await self._converse()
+            with trio.move_on_after(FAREWELL_SECONDS + LINGER_SECONDS):
+                await self._part()
+
+    def drain(self) -> None:
+        """Answer what has arrived, refuse the rest, and close as soon as the client is quiet."""
+        self._is_draining = True
+        self._session.drain()
+        if self._is_reading:
+            self._scope.deadline = trio.current_time() + QUIET_SECONDS
+
+    async def _converse(self) -> None:
+        session = self._session
+        try:
+            while not session.finished:
+                session.receive(await self._receive())
+                await self._reply()
+        except trio.BrokenResourceError:
+            self._is_broken = True  # The client is gone: nobody is left to tell.
+        except Exception:
+            structlog.get_logger().exception("a connection failed")
+            self._last_line = session.abort(Internal("the server failed; its log says why"))
+
+    async def _receive(self) -> bytes:
+        self._scope.deadline = self._reading_deadline()
+        self._is_reading = True
+        data = await self._stream.receive_some(RECEIVE_BYTES)
+        self._is_reading = False
+        if b"\n" in data:
+            self._line_began_at = None
+        return bytes(data)
+
+    def _reading_deadline(self) -> float:
+        now = trio.current_time()
+        if self._is_draining:
+            return now + QUIET_SECONDS
+        if not self._session.is_mid_line:
+            return now + self._limits.idle_seconds
+        # From the line's beginning: a byte now and then buys no more time.
+        if self._line_began_at is None:
+            self._line_began_at = now
+        return self._line_began_at + self._limits.line_seconds
+
+    async def _reply(self) -> None:
+        """Send all replies that are due; those before a wait do not wait with it."""
+        session = self._session
+        while True:
+            replies = session.advance()
+            if replies:
+                await self._send(replies)
+            if session.waiting:
+                await self._settle(session.waiting.service, session.waiting.count)
+            elif not session.has_work:
+                return
+
+    async def _settle(self, service: str, count: int) -> None:
+        self._scope.deadline = float("inf")  # The wait has a deadline of its own.
+        try:
+            first = await self._wait(service, count)
+        except IdallocError as error:
+            self._session.reject(error)
+        else:
+            self._session.resolve(first)
+
+    async def _send(self, data: bytes) -> None:
+        self._scope.deadline = trio.current_time() + self._limits.send_seconds
+        await self._stream.send_all(data)
+
+    async def _part(self) -> None:
+        """Leave so that the last replies arrive."""
+        if self._is_reading and self._session.is_mid_line and not self._is_draining:
+            text = f"the line was not finished within {self._limits.line_seconds:g} s; closing"
+            self._last_line = self._session.abort(BadSyntax(text))
+        if self._is_broken or not self._session.finished:
+            return
+        with suppress(trio.BrokenResourceError):  # It left first.
+            await self._stream.send_all(self._last_line)
+            await self._stream.send_eof()
+            await self._linger()
+
+    async def _linger(self) -> None:
+        dropped = 0
+        while dropped < LINGER_BYTES:
+            data = await self._stream.receive_some(RECEIVE_BYTES)
+            if not data:
+                return
+            dropped += len(data)

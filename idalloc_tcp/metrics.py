@@ -1,0 +1,49 @@
+"""What one process has done so far, as plain integers.
+
+Written from the hot path, so there is no lock, no registry and no label object: one event loop
+owns them. STATS and exporters read snapshots.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import final
+
+import attrs
+
+#: One measured value, ready to be shown: its name and its value.
+Row = tuple[str, int | float | str]
+
+
+@final
+@attrs.define(eq=False)
+class Metrics:
+    """The counters of one process. Names of what only grows end in `_total`."""
+
+    connections_open: int = 0
+    connections_total: int = 0
+    connections_refused_total: int = 0
+    requests_total: int = 0
+    ids_total: int = 0
+    waits_total: int = 0
+    leases_total: int = 0
+    leased_ids_total: int = 0
+    lease_failures_total: int = 0
+    returned_ids_total: int = 0
+    #: Error code -> how many replies carried it.
+    errors_total: Counter[str] = attrs.field(factory=Counter)
+    #: Reason -> how many IDs will never be served.
+    gap_ids_total: Counter[str] = attrs.field(factory=Counter)
+
+    def gap(self, reason: str, ids: int) -> None:
+        """Count IDs that will never be served."""
+        self.gap_ids_total[reason] += ids
+
+    def rows(self) -> Iterator[Row]:
+        """Every counter, labels as a suffix of the name (`errors_total.badcount`)."""
+        for field in attrs.fields(Metrics):
+            value = getattr(self, field.name)
+            if isinstance(value, Counter):
+                yield field.name, value.total()
+                yield from ((f"{field.name}.{label}", n) for label, n in sorted(value.items()))
+            else:
+                yield field.name, value

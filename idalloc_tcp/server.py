@@ -1,0 +1,149 @@
+"""Accepting connections, and stopping so that nothing is lost.
+
+Three nurseries, one inside the other: the allocator's outermost, because connections need it
+to their end; then the connections'; then the accepting one. A stop cancels from the inside out:
+no new connections, then each connection answers what has arrived and closes (the idle ones at
+once, the busy ones within `drain_seconds`), then the allocator gives back what was not served.
+"""
+
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Final, final
+
+import attrs
+import structlog
+import trio
+
+from idalloc_tcp import __version__
+from idalloc_tcp.allocator import Allocator
+from idalloc_tcp.connection import FAREWELL_SECONDS, Connection, ConnectionLimits
+from idalloc_tcp.errors import Busy
+from idalloc_tcp.listeners import remove_unix_sockets
+from idalloc_tcp.metrics import Metrics, Row
+from idalloc_tcp.protocol import RequestParser, err
+from idalloc_tcp.session import Session
+
+#: A stop by these is a clean one; a second one ends the process at once.
+STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+
+
+@final
+@attrs.frozen
+class ServerLimits:
+    """The bounds of a server."""
+
+    max_connections: int = 20_000
+    max_count: int = 1_000_000
+    #: How long busy connections get on a clean stop.
+    drain_seconds: float = 1.5
+    connection: ConnectionLimits = attrs.field(factory=ConnectionLimits)
+
+
+@final
+@attrs.define(eq=False)
+class Server:
+    """Serves an allocator's IDs on any number of listeners."""
+
+    _allocator: Allocator
+    _limits: ServerLimits
+    _metrics: Metrics
+    _parser: RequestParser = attrs.field(init=False)
+    _connections: set[Connection] = attrs.field(init=False, factory=set)
+    _stopping: trio.Event = attrs.field(init=False, factory=trio.Event)
+    _started_at: float = attrs.field(init=False, factory=time.monotonic)
+
+    def __attrs_post_init__(self) -> None:
+        self._parser = RequestParser(self._limits.max_count)
+
+    async def run(
+        self,
+        listeners: Sequence[trio.SocketListener],
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Serve until `stop`, then drain. Closes the listeners."""
+        async with trio.open_nursery() as stores:
+            await stores.start(self._allocator.run)
+            async with trio.open_nursery() as connections:
+                async with trio.open_nursery() as accepting:
+                    accept = partial(trio.serve_listeners, handler_nursery=connections)
+                    await accepting.start(accept, self.serve_stream, listeners)
+                    task_status.started()
+                    await self._stopping.wait()
+                    remove_unix_sockets(listeners)
+                    accepting.cancel_scope.cancel()
+                self._drain(connections.cancel_scope)
+            self._allocator.stop()
+
+    @property
+    def is_stopping(self) -> bool:
+        """Has a stop begun?"""
+        return self._stopping.is_set()
+
+    def stop(self) -> None:
+        """Drain: let `run` come to its end."""
+        self._stopping.set()
+
+    async def serve_stream(self, stream: trio.abc.HalfCloseableStream) -> None:
+        """Serve one client."""
+        if len(self._connections) >= self._limits.max_connections:
+            await self._turn_away(stream)
+            return
+        session = Session(self._parser, self._allocator.take, self.rows, self._metrics)
+        connection = Connection(stream, session, self._allocator.wait, self._limits.connection)
+        self._connections.add(connection)
+        self._metrics.connections_total += 1
+        self._metrics.connections_open += 1
+        if self._stopping.is_set():
+            connection.drain()
+        try:
+            await connection.run()
+        finally:
+            self._connections.discard(connection)
+            self._metrics.connections_open -= 1
+
+    def rows(self, service: str | None = None) -> Iterator[Row]:
+        """What STATS answers."""
+        if service is not None:
+            yield from self._allocator.service_rows(service)
+            return
+        yield "version", __version__
+        yield "uptime_seconds", round(time.monotonic() - self._started_at)
+        yield "draining", int(self._stopping.is_set())
+        yield from self._allocator.rows()
+        yield from self._metrics.rows()
+
+    def _drain(self, scope: trio.CancelScope) -> None:
+        structlog.get_logger().info("draining", connections=len(self._connections))
+        scope.deadline = trio.current_time() + self._limits.drain_seconds
+        for connection in self._connections:
+            connection.drain()
+
+    async def _turn_away(self, stream: trio.abc.HalfCloseableStream) -> None:
+        self._metrics.connections_refused_total += 1
+        error = Busy(f"{self._limits.max_connections} connections are open; retry later")
+        with trio.move_on_after(FAREWELL_SECONDS):
+            async with stream:
+                with suppress(trio.BrokenResourceError):  # It left first.
+                    await stream.send_all(err(error) + b"\n")
+                    await stream.send_eof()
+
+
+async def stop_on_signals(
+    server: Server, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """Drain at the first stop signal; at the second, give up everything at once.
+
+    Raises:
+        KeyboardInterrupt: at the second signal.
+    """
+    with trio.open_signal_receiver(*STOP_SIGNALS) as signals:
+        task_status.started()
+        async for number in signals:
+            if server.is_stopping:
+                raise KeyboardInterrupt
+            structlog.get_logger().info("stopping", signal=signal.Signals(number).name)
+            server.stop()

@@ -1,0 +1,201 @@
+"""One conversation with one client: bytes in, bytes out, no I/O.
+
+A lane (whatever moves the bytes: a stream, a sweep over ready sockets, a test) does this:
+
+    session.receive(data)            b"" says that the client will send no more
+    while True:
+        send(session.advance())      replies to all that can be answered now
+        if session.waiting:          an ALLOC whose pool is empty: get IDs, then one of
+            session.resolve(first)   … they came
+            session.reject(error)    … they did not
+        elif session.finished:       close
+        elif not session.has_work:   receive again
+
+Replies leave in the order of their requests. `advance` stops at `REPLY_BYTES_GOAL`, so neither
+a flood of short requests nor a reader that never reads makes us hold more than that: a lane
+reads on only after it has sent.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Final, final
+
+import attrs
+
+from idalloc_tcp.errors import BadSyntax, Denied, Draining, IdallocError
+from idalloc_tcp.metrics import Metrics, Row
+from idalloc_tcp.protocol import (
+    HELP_LINES,
+    LINE_BYTES_MAX,
+    PROTOCOL,
+    Alloc,
+    Auth,
+    Hello,
+    LineReader,
+    Ping,
+    Quit,
+    Request,
+    RequestParser,
+    Stats,
+    block,
+    ending_of,
+    err,
+    looks_like_http,
+    ok,
+    stat,
+)
+
+#: `advance` begins no further reply once it has this many bytes of them.
+REPLY_BYTES_GOAL: Final = 65_536
+
+#: The first of `count` IDs of a service, or None: not without waiting. Raises IdallocError.
+Take = Callable[[str, int], int | None]
+#: The measured values of the server (None) or of one service.
+Report = Callable[[str | None], Iterable[Row]]
+
+
+def _refuse_draining(_service: str, _count: int) -> int | None:
+    raise Draining("the server is stopping; connect again")
+
+
+@final
+@attrs.define(eq=False)
+class Session:
+    """The state of one conversation.
+
+    Args:
+        parser: shared by all sessions of a server.
+        take: where IDs come from.
+        report: what STATS answers.
+        metrics: counts requests, IDs and errors.
+    """
+
+    _parser: RequestParser
+    _take: Take
+    _report: Report
+    _metrics: Metrics
+    #: The ALLOC that must wait for its IDs. Nothing after it is answered before.
+    waiting: Alloc | None = attrs.field(init=False, default=None)
+    #: Close once the replies are sent; whatever else the client sent is not executed.
+    finished: bool = attrs.field(init=False, default=False)
+    _reader: LineReader = attrs.field(init=False, factory=LineReader)
+    _lines: deque[bytes] = attrs.field(init=False, factory=deque)
+    _settled: bytes = attrs.field(init=False, default=b"")
+    _waiting_line: bytes = attrs.field(init=False, default=b"")
+    _ended: bool = attrs.field(init=False, default=False)
+    _draining: bool = attrs.field(init=False, default=False)
+
+    def receive(self, data: bytes) -> None:
+        """Take in what the client sent; b"" says that it will send no more."""
+        if self._draining:
+            self._take = _refuse_draining
+        if data:
+            self._lines.extend(self._reader.feed(data))
+            return
+        self._ended = True
+        # A last line without its LF may have been cut short, so it is never executed. One
+        # that is over-long already gets its error all the same.
+        if len(self._reader.unfinished) > LINE_BYTES_MAX:
+            self._lines.append(self._reader.unfinished)
+
+    def drain(self) -> None:
+        """Refuse every ALLOC received from now on; what has arrived is still served."""
+        self._draining = True
+
+    @property
+    def has_work(self) -> bool:
+        """Would `advance` do anything?"""
+        return bool(self._settled or (self._lines and not self.finished))
+
+    @property
+    def is_mid_line(self) -> bool:
+        """Has the client begun a line that it has not finished?"""
+        return bool(self._reader.unfinished)
+
+    def advance(self) -> bytes:
+        """The replies to all that can be answered now, up to about `REPLY_BYTES_GOAL`."""
+        replies = [self._settled]
+        room = REPLY_BYTES_GOAL - len(self._settled)
+        self._settled = b""
+        lines = self._lines
+        while lines and room > 0 and self.waiting is None and not self.finished:
+            reply = self._answer(lines.popleft())
+            room -= len(reply)
+            replies.append(reply)
+        if self._ended and not lines and self.waiting is None:
+            self.finished = True
+        return b"".join(replies)
+
+    def resolve(self, first: int) -> None:
+        """The IDs that `waiting` asked for begin at `first`."""
+        request = self._stop_waiting()
+        self._settled = self._serve(request, first) + ending_of(self._waiting_line)
+
+    def reject(self, error: IdallocError) -> None:
+        """The IDs that `waiting` asked for are not to be had."""
+        self._stop_waiting()
+        self._settled = self._refuse(error) + ending_of(self._waiting_line)
+
+    def abort(self, error: IdallocError) -> bytes:
+        """Give up on this client: the last line to send it."""
+        self.finished = True
+        return self._refuse(error) + b"\n"
+
+    def _stop_waiting(self) -> Alloc:
+        request = self.waiting
+        assert request is not None, "no request is waiting"
+        self.waiting = None
+        return request
+
+    def _answer(self, line: bytes) -> bytes:
+        """The whole reply to one line; b"" if it must wait."""
+        self._metrics.requests_total += 1
+        try:
+            request = self._parser.parse(line)
+            if type(request) is Alloc:
+                first = self._take(request.service, request.count)
+                if first is None:
+                    self.waiting, self._waiting_line = request, line
+                    self._metrics.waits_total += 1
+                    return b""
+                reply = self._serve(request, first)
+            else:
+                reply = ending_of(line).join(self._dispatch(request))
+        except IdallocError as error:
+            reply = self._refuse(self._guard_http(line, error))
+        return reply + ending_of(line)
+
+    def _serve(self, request: Alloc, first: int) -> bytes:
+        self._metrics.ids_total += request.count
+        if request.trace:
+            return ok(first, request.count, request.trace)
+        return b"OK %d %d" % (first, request.count)
+
+    def _refuse(self, error: IdallocError) -> bytes:
+        self._metrics.errors_total[error.code] += 1
+        return err(error)
+
+    def _guard_http(self, line: bytes, error: IdallocError) -> IdallocError:
+        """Stray HTTP is told once and closed, so that no line of its body is executed."""
+        if not looks_like_http(line):
+            return error
+        self.finished = True
+        return BadSyntax(f"this server speaks {PROTOCOL}, not HTTP; closing")
+
+    def _dispatch(self, request: Request) -> list[bytes]:
+        """The lines that answer anything but an ALLOC."""
+        match request:
+            case Ping():
+                return [ok("PONG")]
+            case Hello():
+                limits = (f"line={LINE_BYTES_MAX}", f"count={self._parser.max_count}")
+                return [ok(PROTOCOL, *limits)]
+            case Stats(service):
+                return block([stat(name, value) for name, value in self._report(service)])
+            case Auth():
+                raise Denied("no tokens are configured on this server")
+            case Quit():
+                self.finished = True
+                return [ok()]
+            case _:
+                return block([line.encode("ascii") for line in HELP_LINES])
