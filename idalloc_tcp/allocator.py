@@ -94,6 +94,8 @@ class Allocator:
             prefetchers.cancel_scope.deadline = trio.current_time() + self._policy.stop_seconds
             for service in self._services.values():
                 service.stop()
+        # What was fetched last may be on its way to a request that waits: let it arrive first.
+        await trio.lowlevel.checkpoint()
         with trio.move_on_after(self._policy.stop_seconds):
             await self._retire(list(self._services.values()))
 
@@ -141,9 +143,10 @@ class Allocator:
     def _is_idle(self, service: Service) -> bool:
         served_ids, now = service.pool.served_ids, trio.current_time()
         seen = self._seen.setdefault(service.name, _LastSeen(served_ids, now))
-        if seen.served_ids != served_ids or service.waiting_ids or service.is_fetching:
+        if seen.served_ids != served_ids or service.waiting_ids:
             seen.served_ids, seen.at = served_ids, now
-        return now - seen.at >= self._policy.idle_service_seconds
+        is_quiet = now - seen.at >= self._policy.idle_service_seconds
+        return is_quiet and not service.is_fetching
 
     async def _retire(self, services: list[Service]) -> None:
         """Forget services, then give back what they did not serve.

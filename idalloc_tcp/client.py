@@ -9,7 +9,9 @@ connection it is not known whether IDs were taken. Connecting and asking again i
 it costs at most a gap.
 """
 
+import os
 from collections import deque
+from contextlib import suppress
 from types import TracebackType
 from typing import Final, Self, final
 
@@ -56,9 +58,11 @@ class Client:
         try:
             with trio.fail_after(timeout_seconds):
                 return cls(await _open(address), timeout_seconds)
-        except (OSError, trio.TooSlowError) as error:
-            reason = str(error) or f"no answer within {timeout_seconds:g} s"
-            raise ConnectionLost(f"cannot connect to {address}: {reason}") from error
+        except trio.TooSlowError as error:
+            text = f"cannot connect to {address}: no answer within {timeout_seconds:g} s"
+            raise ConnectionLost(text) from error
+        except (OSError, UnicodeError) as error:
+            raise ConnectionLost(f"cannot connect to {address}: {_reason(error)}") from error
 
     async def alloc(self, service: str, count: int = 1) -> range:
         """Take `count` contiguous IDs.
@@ -88,42 +92,43 @@ class Client:
 
     async def _ask(self, request: Request, until: bytes | None = None) -> list[bytes]:
         """The lines that answer: one, or all before the line `until`."""
-        lines: list[bytes] = []
         async with self._turn:
-            await self._send(request)
-            while len(lines) < REPLY_LINES_MAX:
-                line = await self._line()
-                if line != until:
-                    lines.append(line)
-                if until is None or line == until or line.startswith(b"ERR "):
-                    self._is_lost = False
-                    return lines
+            if self._is_lost:
+                raise ConnectionLost("this connection was lost before; connect again")
+            # Until its reply is here, a request that is given up leaves the connection useless:
+            # the next one would read this one's reply.
+            self._is_lost = True
+            try:
+                with trio.fail_after(self._timeout_seconds):
+                    # A server that closed may have said why, so its words are read all the same.
+                    with suppress(trio.BrokenResourceError):
+                        await self._stream.send_all(encode(request))
+                    lines = await self._reply(until)
+            except trio.BrokenResourceError as error:
+                raise ConnectionLost("the connection was lost before the reply") from error
+            except trio.TooSlowError as error:
+                raise ConnectionLost(f"no reply within {self._timeout_seconds:g} s") from error
+            # What nobody asked for must not be read as the next reply.
+            self._is_lost = bool(self._lines or self._reader.unfinished)
+            return lines
+
+    async def _reply(self, until: bytes | None) -> list[bytes]:
+        lines: list[bytes] = []
+        while len(lines) < REPLY_LINES_MAX:
+            line = await self._line()
+            if line == until:
+                return lines
+            lines.append(line)
+            if until is None or line.startswith(b"ERR "):
+                return lines
         raise ProtocolViolation(f"a reply of more than {REPLY_LINES_MAX} lines")
 
-    async def _send(self, request: Request) -> None:
-        if self._is_lost:
-            raise ConnectionLost("this connection was lost before; connect again")
-        # Until its reply is here, a request that is given up leaves the connection useless:
-        # the next one would read this one's reply.
-        self._is_lost = True
-        try:
-            with trio.fail_after(self._timeout_seconds):
-                await self._stream.send_all(encode(request))
-        except (trio.BrokenResourceError, trio.TooSlowError) as error:
-            raise ConnectionLost("the connection was lost while asking") from error
-
     async def _line(self) -> bytes:
-        try:
-            with trio.fail_after(self._timeout_seconds):
-                while not self._lines:
-                    data = await self._stream.receive_some(RECEIVE_BYTES)
-                    if not data:
-                        raise ConnectionLost("the server closed the connection before its reply")
-                    self._lines.extend(self._reader.feed(bytes(data)))
-        except trio.BrokenResourceError as error:
-            raise ConnectionLost("the connection was lost before the reply") from error
-        except trio.TooSlowError as error:
-            raise ConnectionLost(f"no reply within {self._timeout_seconds:g} s") from error
+        while not self._lines:
+            data = await self._stream.receive_some(RECEIVE_BYTES)
+            if not data:
+                raise ConnectionLost("the server closed the connection before its reply")
+            self._lines.extend(self._reader.feed(bytes(data)))
         return self._lines.popleft()
 
     async def aclose(self) -> None:
@@ -148,3 +153,15 @@ async def _open(address: Address) -> trio.SocketStream:
             return await trio.open_tcp_stream(host, port)
         case UnixAddress(path):
             return await trio.open_unix_socket(path)
+
+
+def _reason(error: OSError | UnicodeError) -> str:
+    """Why connecting failed, in plain words: Trio packs one error for each address it tried."""
+    match error:
+        case OSError(__cause__=ExceptionGroup(exceptions=[OSError() as first, *_])):
+            return _reason(first)
+        case OSError(errno=int(number)) if number > 0:
+            return os.strerror(number)
+        case OSError():
+            return error.strerror or str(error)
+    return "not a host name"  # From the look-up: a label that is empty or too long.

@@ -136,10 +136,12 @@ class Connection:
 
     async def _part(self) -> None:
         """Leave so that the last replies arrive."""
+        if self._is_broken:
+            return
         if self._is_reading and self._session.is_mid_line and not self._is_draining:
             text = f"the line was not finished within {self._limits.line_seconds:g} s; closing"
             self._last_line = self._session.abort(BadSyntax(text))
-        if self._is_broken or not self._session.finished:
+        if not self._session.finished:
             return
         with suppress(trio.BrokenResourceError):  # It left first.
             await self._stream.send_all(self._last_line)

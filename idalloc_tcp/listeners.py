@@ -5,6 +5,7 @@ import os
 import socket
 import stat
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Final
 
 import trio
@@ -26,20 +27,25 @@ async def open_listeners(addresses: Sequence[Address]) -> list[trio.SocketListen
     try:
         for address in addresses:
             listeners += await _open(address)
-    except OSError as error:
+    except BaseException:
+        remove_unix_sockets(listeners)
         for listener in listeners:
             listener.socket.close()
-        text = os.strerror(error.errno) if error.errno else str(error)
-        raise StartRefused(f"cannot listen on {address}: {text}") from error
+        raise
     return listeners
 
 
 async def _open(address: Address) -> Sequence[trio.SocketListener]:
-    match address:
-        case TcpAddress(host, port):
-            return await trio.open_tcp_listeners(port, host=host, backlog=BACKLOG)
-        case UnixAddress(path):
-            return [await _open_unix(os.fspath(path))]
+    try:
+        match address:
+            case TcpAddress(host, port):
+                return await trio.open_tcp_listeners(port, host=host, backlog=BACKLOG)
+            case UnixAddress(path):
+                return [await _open_unix(path)]
+    except UnicodeError as error:  # From the look-up: a label that is empty or too long.
+        raise StartRefused(f"cannot listen on {address}: not a host name") from error
+    except OSError as error:
+        raise StartRefused(f"cannot listen on {address}: {error.strerror or error}") from error
 
 
 async def _open_unix(path: str) -> trio.SocketListener:
@@ -62,11 +68,14 @@ def _clear_stale(path: str) -> None:
     except FileNotFoundError:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
         try:
             probe.connect(path)
         except ConnectionRefusedError:
             os.unlink(path)
             return
+        except BlockingIOError:
+            pass  # Somebody listens, with a full queue.
     raise OSError(errno.EADDRINUSE, "another server listens there")
 
 
@@ -82,6 +91,6 @@ def bound_address(listener: trio.SocketListener) -> str:
 def remove_unix_sockets(listeners: Sequence[trio.SocketListener]) -> None:
     """Take the names of Unix sockets back out of the file system, before they are closed."""
     for listener in listeners:
-        name = listener.socket.getsockname()
-        if listener.socket.family == socket.AF_UNIX and os.path.exists(name):
-            os.unlink(name)
+        if listener.socket.family == socket.AF_UNIX:
+            with suppress(OSError):  # It is gone already, or must stay: no reason to fail.
+                os.unlink(listener.socket.getsockname())

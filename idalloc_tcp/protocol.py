@@ -41,9 +41,8 @@ KNOWN_LINES_MAX: Final = 10_000
 _PRINTABLE: Final = re.compile(rb"[\x20-\x7e]*")
 _COUNT: Final = re.compile(r"[1-9][0-9]*")
 _TRACE: Final = re.compile(rf"@[A-Za-z0-9_.:-]{{1,{TRACE_CHARS_MAX}}}")
-_HTTP_METHOD: Final = rb"(?:GET|HEAD|POST|PUT|DELETE|CONNECT|OPTIONS|TRACE|PATCH|PRI) "
-_HTTP_LINE: Final = re.compile(_HTTP_METHOD + rb".* HTTP/[0-9.]+\r?")
-_HTTP_START: Final = re.compile(_HTTP_METHOD)
+_HTTP_LINE: Final = re.compile(rb"\S+ .+ HTTP/[0-9.]+\r?")
+_HTTP_START: Final = re.compile(rb"(?:GET|HEAD|POST|PUT|DELETE|CONNECT|OPTIONS|TRACE|PATCH) ")
 
 
 @final
@@ -132,7 +131,10 @@ def ending_of(line: bytes) -> bytes:
 
 
 def looks_like_http(line: bytes) -> bool:
-    """Is it an HTTP request line? Of an over-long line only the beginning is known."""
+    """Is it an HTTP request line, of any method?
+
+    Of an over-long line only the beginning is known, so there a common method must do.
+    """
     if len(line) > LINE_BYTES_MAX:
         return _HTTP_START.match(line) is not None
     return _HTTP_LINE.fullmatch(line) is not None
@@ -261,10 +263,13 @@ def ok(*fields: object) -> bytes:
 
 
 def err(error: IdallocError) -> bytes:
-    """The `ERR` line for an error, without its end: one line of printable ASCII."""
+    """The `ERR` line for an error, without its end: one line of printable ASCII.
+
+    A longer text is cut, so that the line holds at most `LINE_BYTES_MAX` bytes with its CR.
+    """
     text = str(error).encode("ascii", "replace").decode("ascii")
     text = "".join(char if char.isprintable() else " " for char in text)
-    return f"ERR {error.code} {text or error.code}".encode("ascii")
+    return f"ERR {error.code} {text or error.code}".encode("ascii")[: LINE_BYTES_MAX - 1]
 
 
 def block(lines: list[bytes]) -> list[bytes]:
@@ -298,12 +303,12 @@ def parse_reply(line: bytes) -> list[str]:
 
     Raises:
         IdallocError: the class that belongs to the code of an `ERR` line.
-        ProtocolViolation: the line is not text.
+        ProtocolViolation: the line is over-long or not printable ASCII.
     """
-    try:
-        words = line.removesuffix(b"\r").decode("ascii").split(" ")
-    except UnicodeDecodeError:
-        raise ProtocolViolation(f"not a reply of {PROTOCOL}: {line[:40]!r}") from None
+    text = line.removesuffix(b"\r")
+    if len(line) > LINE_BYTES_MAX or not _PRINTABLE.fullmatch(text):
+        raise ProtocolViolation(f"not a reply of {PROTOCOL}: {line[:40]!r}")
+    words = text.decode("ascii").split(" ")
     if words[0] == "ERR":
         raise from_wire(words[1] if len(words) > 1 else "", " ".join(words[2:]))
     return words

@@ -79,9 +79,9 @@ class Reservation:
                 raise
 
     def _remember(self, service: str, lease_end: int) -> None:
-        # Taken out and put in again: the dict is in the order of last use.
-        self._floors.pop(service, None)
-        self._floors[service] = lease_end
+        # Never lower: replies may overtake each other. Taken out and put in again, for the dict
+        # is in the order of last use.
+        self._floors[service] = max(lease_end, self._floors.pop(service, 0))
         if len(self._floors) > FLOORS_MAX:
             del self._floors[next(iter(self._floors))]
 

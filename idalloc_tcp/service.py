@@ -48,6 +48,7 @@ class Service:
     trouble: Unavailable | Exhausted | None = attrs.field(init=False, default=None)
     #: IDs that requests are waiting for.
     waiting_ids: int = attrs.field(init=False, default=0)
+    #: Is a segment on its way? (Not so in the pause after a failure.)
     is_fetching: bool = attrs.field(init=False, default=False)
     _channel: tuple[
         "trio.MemorySendChannel[Segment | None]", "trio.MemoryReceiveChannel[Segment | None]"
@@ -90,7 +91,8 @@ class Service:
         """Fetch a segment whenever the bell rings, until stopped."""
         backoff = Backoff()
         while await self._rung():
-            self.demand.measure(self.pool.served_ids, trio.current_time())
+            if self.trouble is None:  # From refill to refill: an attempt that failed is none.
+                self.demand.measure(self.pool.served_ids, trio.current_time())
             size = min(max(self.demand.size, self.waiting_ids), self.demand.policy.largest)
             self.is_fetching = True
             try:
@@ -101,8 +103,6 @@ class Service:
             else:
                 backoff.reset()
                 self._deliver(segment)
-            finally:
-                self.is_fetching = False
 
     def stop(self) -> None:
         """End the prefetch task once the fetch under way, if any, has ended."""
@@ -149,6 +149,7 @@ class Service:
                 await self._bell.park()
 
     def _deliver(self, segment: Segment) -> None:
+        self.is_fetching = False
         self.trouble = None
         self._is_rung = False
         self.pool.low_water = self.demand.low_water
@@ -159,6 +160,7 @@ class Service:
 
         Not so when the IDs are used up: then only a request is worth another look.
         """
+        self.is_fetching = False
         self.trouble = error
         self._is_rung = isinstance(error, Unavailable)
         if self._channel[0].statistics().tasks_waiting_receive:

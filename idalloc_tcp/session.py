@@ -105,7 +105,8 @@ class Session:
     @property
     def has_work(self) -> bool:
         """Would `advance` do anything?"""
-        return bool(self._settled or (self._lines and not self.finished))
+        may_answer = self.waiting is None and not self.finished
+        return bool(self._settled or (self._lines and may_answer))
 
     @property
     def is_mid_line(self) -> bool:

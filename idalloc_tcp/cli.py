@@ -1,0 +1,167 @@
+"""The command line."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Final
+
+import trio
+
+from idalloc_tcp import __version__, config
+from idalloc_tcp.address import Address, parse_address
+from idalloc_tcp.client import Client
+from idalloc_tcp.errors import IdallocError, SettingsError
+
+#: Exit statuses: it failed, and the message says why; the command or a setting is wrong;
+#: ended by a second signal before the stop was over.
+FAILED: Final = 1
+MISUSED: Final = 2
+INTERRUPTED: Final = 130
+
+DEFAULT_SERVER: Final = "127.0.0.1:8642"
+
+_DESCRIPTION: Final = """\
+Unique, upward-trending 64-bit IDs over a protocol that you can type.
+
+  idalloc-tcp serve                     run a server on 127.0.0.1:8642
+  idalloc-tcp alloc orders 3            take three IDs of `orders` from it, or:
+  printf 'ALLOC orders 3\\n' | nc -N 127.0.0.1 8642
+"""
+_SERVE: Final = """\
+Run a server until SIGTERM or Ctrl-C, which stop it cleanly; a second one stops it at once.
+
+Every setting can also stand in the TOML file of --config, or in the environment, as IDALLOC_TCP_
+and its name in capitals. A flag overrides the environment, and that the file."""
+_CONFIG: Final = """\
+Print every setting as it would be in effect, and where its value came from. The output is a valid
+file for --config."""
+_ALLOC: Final = """\
+Take COUNT contiguous IDs of SERVICE and print `<first> <count>`: the IDs first, first+1, ...
+are yours. Retrying after a failure is always safe; it costs at most a gap."""
+_STATS: Final = "Print what a server says of itself, or of one service."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; its exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except SettingsError as error:
+        return _complain(error, MISUSED)
+    except IdallocError as error:
+        return _complain(error, FAILED)
+    except BrokenPipeError:
+        # The reader of our output left. Nothing more may be flushed into it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except BaseExceptionGroup as group:
+        _, rest = group.split(KeyboardInterrupt)
+        if rest is not None:
+            raise
+        return INTERRUPTED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return 0
+
+
+def _complain(error: IdallocError, status: int) -> int:
+    code = "" if error.code == IdallocError.code else f"{error.code}: "
+    print(f"idalloc-tcp: {code}{error}", file=sys.stderr)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="idalloc-tcp",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"idalloc-tcp {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    for name, run, text in (("serve", _serve, _SERVE), ("config", _config, _CONFIG)):
+        summary = "run a server" if name == "serve" else "show the settings"
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=text,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        config.add_flags(command)
+        command.set_defaults(run=run)
+
+    alloc = commands.add_parser("alloc", help="take IDs from a server", description=_ALLOC)
+    alloc.add_argument("service", metavar="SERVICE")
+    alloc.add_argument("count", metavar="COUNT", type=int, nargs="?", default=1, help="default: 1")
+    alloc.set_defaults(run=_alloc)
+
+    stats = commands.add_parser("stats", help="ask a server how it is", description=_STATS)
+    stats.add_argument("service", metavar="SERVICE", nargs="?")
+    stats.add_argument("--json", action="store_true", help="for programs")
+    stats.set_defaults(run=_stats)
+
+    for command in (alloc, stats):
+        command.add_argument(
+            "--server",
+            type=_address,
+            default=DEFAULT_SERVER,
+            metavar="ADDRESS",
+            help=f"HOST:PORT, [IPv6]:PORT or unix:PATH (default: {DEFAULT_SERVER})",
+        )
+    return parser
+
+
+def _address(text: str) -> Address:
+    try:
+        return parse_address(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+
+
+def _load(options: argparse.Namespace) -> config.Loaded:
+    return config.load(config.given_flags(options), getattr(options, "config", None), os.environ)
+
+
+def _config(options: argparse.Namespace) -> None:
+    print(config.render(_load(options)), end="")
+
+
+def _serve(options: argparse.Namespace) -> None:
+    # Not at the top: the other commands are quick, and need none of the server.
+    from idalloc_tcp import composition  # noqa: PLC0415
+
+    composition.serve(_load(options).settings)
+
+
+def _alloc(options: argparse.Namespace) -> None:
+    async def take() -> range:
+        async with await Client.connect(options.server) as client:
+            return await client.alloc(options.service, options.count)
+
+    ids = trio.run(take)
+    print(ids.start, len(ids))
+
+
+def _stats(options: argparse.Namespace) -> None:
+    async def ask() -> dict[str, str]:
+        async with await Client.connect(options.server) as client:
+            return await client.stats(options.service)
+
+    values = trio.run(ask)
+    if options.json:
+        print(json.dumps({name: _number_or_text(value) for name, value in values.items()}))
+        return
+    width = max(map(len, values), default=0)
+    for name, value in values.items():
+        print(f"{name:{width}}  {value}")
+
+
+def _number_or_text(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

@@ -1,0 +1,367 @@
+"""The embedded ledger: one SQLite file, shared by all servers of one machine.
+
+`LedgerFile` is synchronous and holds everything that matters for uniqueness; `SqliteLedger`
+runs it in a thread. The safety argument:
+
+* A lease is one statement in one IMMEDIATE transaction, in WAL mode with `synchronous=FULL`.
+  It is returned only after its COMMIT has succeeded, and so is on the disk before anybody can
+  use it (rule 1, *lead*). A COMMIT that failed gave nothing to anybody; whatever became of it,
+  the next lease is cut from the row as it is then.
+* A ledger never starts again from 1 by accident. A new file is made complete under another
+  name and then linked into place, so a file that is empty, cut short or not ours is damage or
+  a mistake, and is refused. A write-ahead log without its file is refused too: the file is
+  missing.
+* A file that was moved, deleted or replaced while it is open gives no more leases: another
+  server may have started on a new file in its place.
+"""
+
+import os
+import sqlite3
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Final, Self, final
+
+import attrs
+import trio
+
+from idalloc_tcp.errors import Exhausted, StartRefused, Unavailable
+from idalloc_tcp.ledger import Tail
+from idalloc_tcp.pool import Segment
+
+#: How long to wait for another process that is leasing from the same file.
+BUSY_TIMEOUT_SECONDS: Final = 5.0
+
+#: How long closing may wait for the lease that is under way.
+CLOSE_TIMEOUT_SECONDS: Final = BUSY_TIMEOUT_SECONDS + 1.0
+
+#: The first SQLite with STRICT tables; RETURNING came a little earlier.
+OLDEST_SQLITE: Final = (3, 37, 0)
+
+#: Marks a file as ours, in its header, where file(1) finds it too.
+APPLICATION_ID: Final = 0x01DA110C
+
+#: The version of the table, in the header's user_version.
+FORMAT: Final = 1
+
+#: Format 1 is exactly this text: another text is another format.
+_TABLE: Final = """\
+CREATE TABLE tbl_alloc_info (
+    service_name TEXT PRIMARY KEY NOT NULL,
+    last_alloc_value INTEGER NOT NULL DEFAULT 0 CHECK (last_alloc_value >= 0),
+    data_version INTEGER NOT NULL DEFAULT 0 CHECK (data_version >= 0)
+) STRICT"""
+
+# The bound stands in the WHERE because SQLite turns a sum beyond 63 bits into a float.
+_LEASE: Final = """\
+INSERT INTO tbl_alloc_info (service_name, last_alloc_value, data_version)
+VALUES (:service, :first_last, 1)
+ON CONFLICT (service_name) DO UPDATE
+SET last_alloc_value = max(last_alloc_value, :floor) + :size, data_version = data_version + 1
+WHERE max(last_alloc_value, :floor) <= :ceiling - :size
+RETURNING last_alloc_value"""
+
+_GIVE_BACK: Final = """\
+UPDATE tbl_alloc_info
+SET last_alloc_value = :before, data_version = data_version + 1
+WHERE service_name = :service AND last_alloc_value = :last"""
+
+#: What SQLite's primary result codes mean to the person who runs the server.
+_PROBLEMS: Final = {
+    sqlite3.SQLITE_BUSY: "is locked: end the program that holds it",
+    sqlite3.SQLITE_READONLY: "is read-only: check the permissions of it and its directory",
+    sqlite3.SQLITE_CANTOPEN: "cannot be opened: check the permissions of it and its directory",
+    sqlite3.SQLITE_FULL: "cannot grow: make room on the disk",
+    sqlite3.SQLITE_IOERR: "cannot be read or written: check the disk, its room and its limits",
+    sqlite3.SQLITE_CORRUPT: "is damaged: restore it from a backup",
+    sqlite3.SQLITE_NOTADB: "is not an SQLite file: choose another path, or restore it",
+}
+
+
+@final
+@attrs.define(eq=False)
+class LedgerFile:
+    """The ledger's file, opened and checked. Synchronous; for one thread at a time."""
+
+    path: Path
+    _db: sqlite3.Connection
+    _identity: tuple[int, int]
+
+    @classmethod
+    def open(cls, path: Path, *, busy_timeout_seconds: float = BUSY_TIMEOUT_SECONDS) -> Self:
+        """Open the ledger at `path`; make it, and its directory, if there is none.
+
+        Raises:
+            StartRefused: the file or its place cannot be used as they are.
+        """
+        if sqlite3.sqlite_version_info < OLDEST_SQLITE:
+            oldest = ".".join(map(str, OLDEST_SQLITE))
+            raise StartRefused(f"SQLite {sqlite3.sqlite_version} is too old: install {oldest}")
+        path = Path(os.path.abspath(path))
+        with _refusing(path):
+            _make_if_missing(path)
+            identity = _check_file(path)
+            db = _connect(path, busy_timeout_seconds)
+            try:
+                _check_content(db, path)
+                _make_durable(db, path)
+                file = cls(path, db, identity)
+                file._prove_writable()
+            except BaseException:
+                db.close()
+                raise
+            return file
+
+    def lease(self, service: str, size: int, *, floor: int, ceiling: int) -> Segment:
+        """As `Ledger.lease`."""
+        exhausted = Exhausted(f"{service}: a lease of {size} would pass its ceiling {ceiling}")
+        if floor + size > ceiling:
+            raise exhausted
+        request = {
+            "service": service,
+            "size": size,
+            "floor": floor,
+            "ceiling": ceiling,
+            "first_last": floor + size,
+        }
+        with self._transaction():
+            rows = self._db.execute(_LEASE, request).fetchall()
+            if not rows:
+                raise exhausted
+            last = rows[0][0]
+            return Segment(last - size + 1, last + 1)
+
+    def give_back(self, tails: Sequence[Tail]) -> list[bool]:
+        """As `Ledger.give_back`."""
+        with self._transaction():
+            return [self._give_back(tail) for tail in tails]
+
+    def close(self) -> None:
+        """Close it; never raises. The last to close leaves a single file, without a log."""
+        with suppress(sqlite3.Error):
+            self._db.close()
+
+    def _give_back(self, tail: Tail) -> bool:
+        request = {
+            "service": tail.service,
+            "last": tail.segment.last,
+            "before": tail.segment.start - 1,
+        }
+        return self._db.execute(_GIVE_BACK, request).rowcount == 1
+
+    def _prove_writable(self) -> None:
+        """Write to the disk what is there already: what keeps leases from it shows now."""
+        with self._transaction():
+            self._db.execute(f"PRAGMA user_version = {FORMAT}")
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """All or nothing, alone, and on the disk when it is left.
+
+        A `return` inside it comes to the caller only once the COMMIT has succeeded.
+        """
+        try:
+            # Immediate, so that the lock is waited for first: what is checked next still holds
+            # when the first write is made.
+            self._db.execute("BEGIN IMMEDIATE")
+            self._check_in_place()
+            yield
+            self._db.execute("COMMIT")
+        except sqlite3.Error as exc:
+            raise Unavailable(_describe(self.path, exc)) from exc
+        finally:
+            with suppress(sqlite3.Error):
+                self._db.rollback()  # does nothing after a COMMIT
+
+    def _check_in_place(self) -> None:
+        try:
+            in_place = _identity_of(os.stat(self.path)) == self._identity
+        except OSError:
+            in_place = False
+        if not in_place:
+            raise Unavailable(
+                f"{self.path} was moved, deleted or replaced while in use: "
+                "put the right file in its place and restart every server that uses it"
+            )
+
+
+@final
+@attrs.define(eq=False)
+class SqliteLedger:
+    """The `Ledger` in one SQLite file: a `LedgerFile` that is run in a thread.
+
+    A call that has reached the thread is seen through even if it is cancelled meanwhile, so
+    its outcome is always known. That is bounded by the busy timeout and the disk.
+    """
+
+    _file: LedgerFile
+    _one_at_a_time: trio.CapacityLimiter
+
+    @classmethod
+    async def open(cls, path: Path, *, busy_timeout_seconds: float = BUSY_TIMEOUT_SECONDS) -> Self:
+        """As `LedgerFile.open`.
+
+        Raises:
+            StartRefused: the file or its place cannot be used as they are.
+        """
+        limiter = trio.CapacityLimiter(1)
+        open_file = partial(LedgerFile.open, path, busy_timeout_seconds=busy_timeout_seconds)
+        return cls(await trio.to_thread.run_sync(open_file, limiter=limiter), limiter)
+
+    async def lease(self, service: str, size: int, *, floor: int, ceiling: int) -> Segment:
+        """As `Ledger.lease`."""
+        lease = partial(self._file.lease, service, size, floor=floor, ceiling=ceiling)
+        return await trio.to_thread.run_sync(lease, limiter=self._one_at_a_time)
+
+    async def give_back(self, tails: Sequence[Tail]) -> list[bool]:
+        """As `Ledger.give_back`."""
+        return await trio.to_thread.run_sync(
+            self._file.give_back, tails, limiter=self._one_at_a_time
+        )
+
+    async def aclose(self) -> None:
+        """As `Ledger.aclose`: closes even if the caller is being cancelled."""
+        with trio.move_on_after(CLOSE_TIMEOUT_SECONDS, shield=True):
+            await trio.to_thread.run_sync(self._file.close, limiter=self._one_at_a_time)
+
+
+def _connect(path: Path, busy_timeout_seconds: float) -> sqlite3.Connection:
+    """Open a file that exists: `mode=rw` never makes one."""
+    return sqlite3.connect(
+        f"{path.as_uri()}?mode=rw",
+        uri=True,
+        timeout=busy_timeout_seconds,
+        isolation_level=None,
+        check_same_thread=False,
+    )
+
+
+def _make_if_missing(path: Path) -> None:
+    """Put a complete, durable ledger at `path` if there is none."""
+    # The logs are looked for first: no process removes the file, so if it is missing now it
+    # was missing then, and they are not those of a file that another process has just made.
+    logs = [log for log in (f"{path}-wal", f"{path}-journal") if os.path.lexists(log)]
+    if not os.path.lexists(path):
+        if logs:
+            raise StartRefused(
+                f"{path} is missing but {logs[0]} is there: restore {path}, "
+                f"or delete {logs[0]} to start from 1"
+            )
+        _make_directory(path.parent)
+        _make(path)
+    _fsync(path.parent)
+
+
+def _make(path: Path) -> None:
+    with TemporaryDirectory(
+        prefix=".idalloc-", dir=path.parent, ignore_cleanup_errors=True
+    ) as scratch:
+        draft = Path(scratch, "ledger")
+        draft.touch(mode=0o600)
+        with closing(_connect(draft, BUSY_TIMEOUT_SECONDS)) as db:
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            db.execute(f"PRAGMA user_version = {FORMAT}")
+            db.execute(_TABLE)
+        _fsync(draft)
+        with suppress(FileExistsError):  # another process was first: its file is used
+            os.link(draft, path)
+
+
+def _make_directory(directory: Path) -> None:
+    """Make it, and what is missing above it, durably, for the owner alone."""
+    if not directory.is_dir():
+        _make_directory(directory.parent)
+        directory.mkdir(mode=0o700, exist_ok=True)
+        _fsync(directory.parent)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _identity_of(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def _check_file(path: Path) -> tuple[int, int]:
+    """The file's identity; what can be seen from outside must be right."""
+    status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
+        raise StartRefused(f"{path} is a directory: name a file in it")
+    if not stat.S_ISREG(status.st_mode):
+        raise StartRefused(f"{path} is not a regular file: choose another path")
+    if status.st_size == 0:
+        raise StartRefused(
+            f"{path} is empty: it may have been truncated; restore it, or delete it to start from 1"
+        )
+    return _identity_of(status)
+
+
+def _check_content(db: sqlite3.Connection, path: Path) -> None:
+    """Only reads: a file that is not ours is left as it is."""
+    application_id = _pragma(db, "application_id")
+    if application_id != APPLICATION_ID:
+        raise StartRefused(
+            f"{path} is an SQLite file, but not of this program or damaged "
+            f"(application_id {application_id}): choose another path, or restore it from a backup"
+        )
+    found_format = _pragma(db, "user_version")
+    if found_format != FORMAT:
+        raise StartRefused(
+            f"{path} has format {found_format}, but this program reads only {FORMAT}: "
+            "install the version of the program that wrote it"
+        )
+    damage = _pragma(db, "quick_check(1)")
+    if damage != "ok":
+        raise StartRefused(_one_line(f"{path} is damaged: restore it from a backup ({damage})"))
+    tables = db.execute("SELECT sql FROM sqlite_schema WHERE name = 'tbl_alloc_info'").fetchall()
+    if tables != [(_TABLE,)]:
+        raise StartRefused(
+            f"{path} has a table tbl_alloc_info of another shape, or none: "
+            "restore it from a backup, or choose another path"
+        )
+
+
+def _make_durable(db: sqlite3.Connection, path: Path) -> None:
+    if _pragma(db, "journal_mode = WAL") != "wal":
+        raise StartRefused(f"{path} cannot have a write-ahead log: put it on a local disk")
+    db.execute("PRAGMA synchronous = FULL")
+
+
+def _pragma(db: sqlite3.Connection, pragma: str) -> object:
+    """The first value that it answers."""
+    rows = db.execute(f"PRAGMA {pragma}").fetchall()
+    return rows[0][0]
+
+
+@contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    """Whatever keeps the file from being used is a refusal to start."""
+    try:
+        yield
+    except (sqlite3.Error, OSError) as exc:
+        raise StartRefused(_describe(path, exc)) from exc
+    except Unavailable as exc:
+        raise StartRefused(str(exc)) from exc
+
+
+def _describe(path: Path, exc: sqlite3.Error | OSError) -> str:
+    """One line: which file, what is wrong, what to do, and the words of the system."""
+    if isinstance(exc, OSError):
+        where = f" at {exc.filename}" if exc.filename not in (None, str(path)) else ""
+        return _one_line(f"{path} cannot be used: {exc.strerror}{where}")
+    primary_code = getattr(exc, "sqlite_errorcode", sqlite3.SQLITE_OK) & 0xFF
+    problem = _PROBLEMS.get(primary_code, "cannot be used")
+    return _one_line(f"{path} {problem} ({exc})")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

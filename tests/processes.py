@@ -1,0 +1,125 @@
+"""Real servers in processes of their own, for tests and load commands.
+
+with ServerProcess.start(data=tmp_path / "ids.sqlite3") as server:
+    with socket.create_connection(server.endpoint) as client: ...
+"""
+
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self, final
+
+import attrs
+import psutil
+
+START_SECONDS: Final = 20.0
+STOP_SECONDS: Final = 10.0
+
+
+@final
+@attrs.define(eq=False)
+class ServerProcess:
+    """A running `idalloc-tcp serve`; ended for certain when the `with` ends."""
+
+    process: subprocess.Popen[bytes]
+    #: Where it listens, in the order of its --listen flags, as it printed them.
+    addresses: list[str]
+    #: What it logged, one event a line.
+    events: list[dict[str, object]]
+
+    @classmethod
+    def start(
+        cls,
+        *flags: str,
+        data: Path,
+        listen: str = "127.0.0.1:0",
+        environ: Mapping[str, str] | None = None,
+    ) -> Self:
+        """Start a server and wait until it says that it serves."""
+        command = [sys.executable, "-m", "idalloc_tcp", "serve", "--log-format", "json"]
+        command += ["--data", str(data), "--listen", listen, *flags]
+        process = subprocess.Popen(
+            command, stderr=subprocess.PIPE, env={**os.environ, **(environ or {})}
+        )
+        server = cls(process, [], [])
+        try:
+            server._wait_until_serving()
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        return server
+
+    @property
+    def address(self) -> str:
+        """Its first address, as a client would write it."""
+        return self.addresses[0]
+
+    @property
+    def endpoint(self) -> tuple[str, int]:
+        """Its first address, as the socket module takes it."""
+        host, port = self.address.rsplit(":", 1)
+        return host.strip("[]"), int(port)
+
+    @property
+    def rss_mib(self) -> float:
+        """Its resident memory."""
+        rss: int = psutil.Process(self.process.pid).memory_info().rss
+        return rss / 2**20
+
+    def terminate(self) -> int:
+        """Stop it cleanly; its exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(STOP_SECONDS)
+
+    def kill(self) -> None:
+        """End it at once, as a crash would."""
+        self.process.kill()
+        self.process.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self.process.poll() is None:
+            self.kill()
+        if self.process.stderr is not None:
+            self.process.stderr.close()
+
+    def _wait_until_serving(self) -> None:
+        stderr = self.process.stderr
+        assert stderr is not None
+        deadline = time.monotonic() + START_SECONDS
+        with selectors.DefaultSelector() as selector:
+            selector.register(stderr, selectors.EVENT_READ)
+            while selector.select(deadline - time.monotonic()):
+                line = stderr.readline()
+                if not line:
+                    raise RuntimeError(f"the server ended with {self.process.wait()}")
+                if not line.startswith(b"{"):
+                    raise RuntimeError(line.decode() + stderr.read().decode())
+                self.events.append(json.loads(line))
+                if self.events[-1]["event"] == "serving":
+                    self.addresses += self.events[-1]["listen"]  # type: ignore[arg-type]
+                    threading.Thread(target=self._collect, daemon=True).start()
+                    return
+        raise RuntimeError(f"the server did not serve within {START_SECONDS:g} s")
+
+    def _collect(self) -> None:
+        """Keep the pipe of the log empty, and what came through it."""
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.events.append(json.loads(line))
