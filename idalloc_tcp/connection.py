@@ -11,9 +11,9 @@ from contextlib import suppress
 from typing import Final, final
 
 import attrs
-import structlog
 import trio
 
+from idalloc_tcp import log
 from idalloc_tcp.errors import BadSyntax, IdallocError, Internal
 from idalloc_tcp.session import Session
 
@@ -86,7 +86,7 @@ class Connection:
         except trio.BrokenResourceError:
             self._is_broken = True  # The client is gone: nobody is left to tell.
         except Exception:
-            structlog.get_logger().exception("a connection failed")
+            log.failure("a connection failed")
             self._last_line = session.abort(Internal("the server failed; its log says why"))
 
     async def _receive(self) -> bytes:

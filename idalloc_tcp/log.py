@@ -19,6 +19,11 @@ def event(name: str, **fields: object) -> None:
     _LOGGER.info(name, extra={"fields": fields})
 
 
+def warning(name: str, **fields: object) -> None:
+    """Log that something is not as it should be."""
+    _LOGGER.warning(name, extra={"fields": fields})
+
+
 def failure(name: str, **fields: object) -> None:
     """Log the exception that is being handled: something that must not happen."""
     _LOGGER.error(name, exc_info=True, extra={"fields": fields})

@@ -22,6 +22,7 @@ from typing import Final, final
 
 import attrs
 
+from idalloc_tcp import log
 from idalloc_tcp.errors import Exhausted, Unavailable
 from idalloc_tcp.ledger import Ledger, Tail
 from idalloc_tcp.metrics import Metrics
@@ -48,6 +49,7 @@ class Reservation:
     _ceiling_of: Callable[[str], int]
     _metrics: Metrics
     _floors: dict[str, int] = attrs.field(init=False, factory=dict)
+    _is_down: bool = attrs.field(init=False, default=False)
 
     async def reserve(self, service: str, size: int) -> Segment:
         """A segment of `size` IDs that nobody else ever gets; smaller only near the ceiling.
@@ -58,6 +60,7 @@ class Reservation:
         """
         floor = self._floors.get(service, 0)
         segment = await self._lease(service, size, floor)
+        self._note(None)
         if segment.start <= floor:
             raise Unavailable(f"the ledger leased {service} below its floor; it lost commits")
         self._remember(service, segment.last)
@@ -74,9 +77,18 @@ class Reservation:
                 if size == 1:
                     raise
                 size //= 2
-            except Unavailable:
+            except Unavailable as error:
                 self._metrics.lease_failures_total += 1
-                raise
+                self._note(error)
+                raise Unavailable("the store of IDs does not answer; retry later") from error
+
+    def _note(self, problem: Unavailable | None) -> None:
+        """Log when the ledger goes and when it is back, each once."""
+        if problem is not None and not self._is_down:
+            log.warning("the ledger is down", reason=problem)
+        elif problem is None and self._is_down:
+            log.event("the ledger is back")
+        self._is_down = problem is not None
 
     def _remember(self, service: str, lease_end: int) -> None:
         # Never lower: replies may overtake each other. Taken out and put in again, for the dict

@@ -14,10 +14,9 @@ from functools import partial
 from typing import Final, final
 
 import attrs
-import structlog
 import trio
 
-from idalloc_tcp import __version__
+from idalloc_tcp import __version__, log
 from idalloc_tcp.allocator import Allocator
 from idalloc_tcp.connection import FAREWELL_SECONDS, Connection, ConnectionLimits
 from idalloc_tcp.errors import Busy
@@ -117,7 +116,7 @@ class Server:
         yield from self._metrics.rows()
 
     def _drain(self, scope: trio.CancelScope) -> None:
-        structlog.get_logger().info("draining", connections=len(self._connections))
+        log.event("draining", connections=len(self._connections))
         scope.deadline = trio.current_time() + self._limits.drain_seconds
         for connection in self._connections:
             connection.drain()
@@ -145,5 +144,5 @@ async def stop_on_signals(
         async for number in signals:
             if server.is_stopping:
                 raise KeyboardInterrupt
-            structlog.get_logger().info("stopping", signal=signal.Signals(number).name)
+            log.event("stopping", signal=signal.Signals(number).name)
             server.stop()

@@ -4,8 +4,8 @@ with ServerProcess.start(data=tmp_path / "ids.sqlite3") as server:
     with socket.create_connection(server.endpoint) as client: ...
 """
 
-import json
 import os
+import re
 import selectors
 import signal
 import subprocess
@@ -22,6 +22,7 @@ import psutil
 
 START_SECONDS: Final = 20.0
 STOP_SECONDS: Final = 10.0
+_SERVING: Final = re.compile(r" info serving listen=(\S+) ")
 
 
 @final
@@ -32,8 +33,8 @@ class ServerProcess:
     process: subprocess.Popen[bytes]
     #: Where it listens, in the order of its --listen flags, as it printed them.
     addresses: list[str]
-    #: What it logged, one event a line.
-    events: list[dict[str, object]]
+    #: What it logged, line by line.
+    lines: list[str]
 
     @classmethod
     def start(
@@ -44,7 +45,7 @@ class ServerProcess:
         environ: Mapping[str, str] | None = None,
     ) -> Self:
         """Start a server and wait until it says that it serves."""
-        command = [sys.executable, "-m", "idalloc_tcp", "serve", "--log-format", "json"]
+        command = [sys.executable, "-m", "idalloc_tcp", "serve"]
         command += ["--data", str(data), "--listen", listen, *flags]
         process = subprocess.Popen(
             command, stderr=subprocess.PIPE, env={**os.environ, **(environ or {})}
@@ -106,14 +107,13 @@ class ServerProcess:
         with selectors.DefaultSelector() as selector:
             selector.register(stderr, selectors.EVENT_READ)
             while selector.select(deadline - time.monotonic()):
-                line = stderr.readline()
+                line = stderr.readline().decode()
                 if not line:
-                    raise RuntimeError(f"the server ended with {self.process.wait()}")
-                if not line.startswith(b"{"):
-                    raise RuntimeError(line.decode() + stderr.read().decode())
-                self.events.append(json.loads(line))
-                if self.events[-1]["event"] == "serving":
-                    self.addresses += self.events[-1]["listen"]  # type: ignore[arg-type]
+                    said = "".join(self.lines)
+                    raise RuntimeError(f"the server ended with {self.process.wait()}: {said}")
+                self.lines.append(line)
+                if serving := _SERVING.search(line):
+                    self.addresses += serving[1].split(",")
                     threading.Thread(target=self._collect, daemon=True).start()
                     return
         raise RuntimeError(f"the server did not serve within {START_SECONDS:g} s")
@@ -122,4 +122,4 @@ class ServerProcess:
         """Keep the pipe of the log empty, and what came through it."""
         assert self.process.stderr is not None
         for line in self.process.stderr:
-            self.events.append(json.loads(line))
+            self.lines.append(line.decode())

@@ -1,0 +1,85 @@
+"""A session without a network: what a lane does for it, and bytes as they arrive, cut anywhere."""
+
+from collections.abc import Iterable
+from itertools import pairwise
+from typing import Final, final
+
+import attrs
+
+from idalloc_tcp.errors import Busy, Exhausted
+from idalloc_tcp.metrics import Metrics, Row
+from idalloc_tcp.protocol import RequestParser
+from idalloc_tcp.session import Session
+
+MAX_COUNT: Final = 1_000_000
+#: Its IDs must be waited for; those of every other service are there at once.
+SLOW: Final = "slow"
+#: Of this one there are no more.
+SPENT: Final = "spent"
+
+
+def chunks(data: bytes, cuts: Iterable[int]) -> list[bytes]:
+    """`data`, cut at those of these places that lie in it; no piece is empty."""
+    edges = sorted({0, len(data), *(cut for cut in cuts if cut < len(data))})
+    return [data[start:stop] for start, stop in pairwise(edges)]
+
+
+def report(service: str | None) -> Iterable[Row]:
+    """What STATS answers here; asking about `SPENT` is refused."""
+    if service == SPENT:
+        raise Busy("ask again later")
+    yield "about", service or "all"
+    yield "ratio", 0.5
+
+
+@final
+@attrs.define(eq=False)
+class Lane:
+    """A session, and what moves its bytes. Every service's IDs start at 1."""
+
+    #: Service -> the last ID of it that was given away.
+    taken: dict[str, int] = attrs.field(init=False, factory=dict)
+    metrics: Metrics = attrs.field(init=False, factory=Metrics)
+    session: Session = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.session = Session(RequestParser(MAX_COUNT), self.take, report, self.metrics)
+
+    def take(self, service: str, count: int) -> int | None:
+        """The first of `count` IDs, if they need no waiting for."""
+        if service == SPENT:
+            raise Exhausted("no IDs are left")
+        return None if service == SLOW else self.give(service, count)
+
+    def give(self, service: str, count: int) -> int:
+        """The first of `count` IDs."""
+        first = self.taken.get(service, 0) + 1
+        self.taken[service] = first + count - 1
+        return first
+
+    def send(self, data: bytes) -> bytes:
+        """All replies that `data`, or with b"" its end, brings; what waits gets its IDs."""
+        session = self.session
+        session.receive(data)
+        replies = session.advance()
+        while session.waiting or session.has_work:
+            if session.waiting:
+                session.resolve(self.give(session.waiting.service, session.waiting.count))
+            replies += session.advance()
+        return replies
+
+    def converse(self, pieces: Iterable[bytes]) -> bytes:
+        """All replies to a client that sends these pieces and then no more."""
+        replies = b""
+        for piece in [*pieces, b""]:
+            replies += self.send(piece)
+            if self.session.finished:
+                break
+        assert self.session.finished
+        assert not self.session.has_work
+        return replies
+
+
+def converse(*pieces: bytes) -> bytes:
+    """All replies that a new session gives to a client that sends these pieces and ends."""
+    return Lane().converse(pieces)

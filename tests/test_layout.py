@@ -1,0 +1,96 @@
+"""What may import what: the package is layered, and most of it does no I/O."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import idalloc_tcp
+
+ROOT: Final = Path(idalloc_tcp.__file__).parent
+
+#: Every module and sub-package, in the only direction in which imports may point: to the left.
+ORDER: Final = (
+    *("errors", "names", "address", "kinds", "config", "metrics", "log", "protocol", "session"),
+    *("pool", "sizing", "backoff", "ledger", "reservation", "service", "allocator"),
+    *("connection", "listeners", "server", "client", "composition", "cli", "__main__"),
+)
+#: What talks and what allocates know nothing of each other; `server` puts them together.
+TALKING: Final = frozenset({"protocol", "session"})
+ALLOCATING: Final = frozenset(ORDER[ORDER.index("pool") : ORDER.index("connection")])
+
+#: What must be usable, and testable, without an event loop or a store.
+PURE: Final = (
+    *("errors", "names", "config", "metrics", "log", "protocol", "session"),
+    *("pool", "sizing", "backoff"),
+)
+IMPURE_PACKAGES: Final = frozenset({"trio", "trio_asyncio", "asyncio", "redis", "asyncmy"})
+
+
+def module_of(path: Path) -> str:
+    """The entry of `ORDER` that a file belongs to; "" for the package itself."""
+    name = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    return "" if name == "__init__" else name
+
+
+MODULES: Final = frozenset(map(module_of, ROOT.rglob("*.py"))) - {""}
+
+
+def imported_modules(path: Path) -> Iterator[str]:
+    """The entry of `ORDER` for each import that stays in the package."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for package, inner, *_ in (f"{name}.".split(".") for name in names):
+            if package == ROOT.name and inner in MODULES:
+                yield inner
+
+
+def imports() -> dict[str, set[str]]:
+    """Module -> the other modules of the package that it imports, anywhere in its files."""
+    graph: dict[str, set[str]] = {}
+    for path in ROOT.rglob("*.py"):
+        module = module_of(path)
+        graph.setdefault(module, set()).update(set(imported_modules(path)) - {module})
+    return graph
+
+
+def test_imports_point_upwards() -> None:
+    """Every module has its place in `ORDER` and imports only from modules before it."""
+    graph = imports()
+    assert graph.pop("") == set(), "the package itself imports nothing"
+    assert set(ORDER) >= MODULES, "a new module needs a place in ORDER"
+    for module, imported in graph.items():
+        allowed = set(ORDER[: ORDER.index(module)])
+        assert imported <= allowed, f"{module} imports from below: {imported - allowed}"
+
+
+def test_talking_and_allocating_are_strangers() -> None:
+    """The session needs the protocol and the metrics alone; the allocator's side needs neither."""
+    graph = imports()
+    assert graph["session"] == {"errors", "metrics", "protocol"}
+    assert graph["protocol"] == {"errors", "names"}
+    for module in ALLOCATING & MODULES:
+        assert not graph[module] & TALKING, f"{module} knows the protocol"
+
+
+def test_the_pure_modules_load_no_event_loop_and_no_driver() -> None:
+    """Importing what decides, but does no I/O, brings neither Trio nor asyncio nor a driver."""
+    modules = ", ".join(f"{ROOT.name}.{module}" for module in PURE)
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys, {modules}; print(*sys.modules)"],
+        cwd=ROOT.parent,
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert ROOT.name in loaded
+    assert not loaded & IMPURE_PACKAGES

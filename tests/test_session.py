@@ -1,0 +1,320 @@
+"""One conversation: what is answered, in which order, and what is never executed."""
+
+import re
+from collections import Counter
+from typing import Final
+
+import pytest
+
+from idalloc_tcp.errors import BY_CODE, Busy, IdallocError, Internal, Unavailable
+from idalloc_tcp.metrics import Metrics
+from idalloc_tcp.protocol import HELP_LINES, LINE_BYTES_MAX, Alloc, RequestParser
+from idalloc_tcp.session import REPLY_BYTES_GOAL, Session
+from tests.lane import MAX_COUNT, Lane, chunks, converse, report
+
+HELP: Final = [*(line.encode() for line in HELP_LINES), b"END"]
+
+
+# The whole conversation
+
+
+def test_a_conversation() -> None:
+    """A client that sends this gets exactly that."""
+    assert converse(
+        b"ALLOC orders 3\n"
+        b"ALLOC orders\n"
+        b"alloc Orders 2 @t1\n"
+        b"PING\n"
+        b"NOPE\n"
+        b"ALLOC orders 0\n"
+        b"ALLOC orders 7\n"
+    ) == (
+        b"OK 1 3\n"
+        b"OK 4 1\n"
+        b"OK 5 2 @t1\n"
+        b"OK PONG\n"
+        b"ERR unknown no verb NOPE; try HELP\n"
+        b"ERR badcount a count is a plain decimal from 1 to 1000000\n"
+        b"OK 7 7\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("request_", "reply"),
+    [
+        (b"ALLOC orders", [b"OK 1 1"]),
+        (b"ALLOC orders 1000000", [b"OK 1 1000000"]),
+        (b"ALLOC orders 2 @T.x", [b"OK 1 2 @T.x"]),
+        (b"ALLOC orders @t", [b"OK 1 1 @t"]),
+        (b"ALLOC slow 2 @t", [b"OK 1 2 @t"]),
+        (b"PING", [b"OK PONG"]),
+        (b"HELLO", [b"OK idalloc/1 line=255 count=1000000"]),
+        (b"AUTH s3cret", [b"ERR denied no tokens are configured on this server"]),
+        (b"STATS", [b"STAT about all", b"STAT ratio 0.5", b"END"]),
+        (b"STATS Orders", [b"STAT about orders", b"STAT ratio 0.5", b"END"]),
+        (b"STATS spent", [b"ERR busy ask again later"]),
+        (b"HELP", HELP),
+        (b"QUIT", [b"OK"]),
+        (b"ALLOC spent", [b"ERR exhausted no IDs are left"]),
+        (b"", [b"ERR syntax a line begins with a verb; try HELP"]),
+        (b"x" * 300, [b"ERR toolong a line holds at most 255 bytes before its LF"]),
+    ],
+)
+def test_a_reply_ends_as_its_request_did(request_: bytes, reply: list[bytes]) -> None:
+    """Every line of every kind of reply ends with LF or CR LF, as its request did."""
+    for verb_case in (request_, request_.replace(b"ALLOC", b"aLLoc")):
+        for end in (b"\n", b"\r\n"):
+            assert converse(verb_case + end) == b"".join(line + end for line in reply)
+
+
+def test_each_request_decides_for_its_own_end() -> None:
+    """LF and CR LF may alternate on one connection, also across a wait."""
+    assert converse(b"PING\r\nPING\nALLOC slow\r\nALLOC a\nNOPE\r\nPING\n") == (
+        b"OK PONG\r\nOK PONG\nOK 1 1\r\nOK 1 1\nERR unknown no verb NOPE; try HELP\r\nOK PONG\n"
+    )
+
+
+def test_everything_is_counted() -> None:
+    """Requests, IDs, waits and errors by code each count once, whoever is at fault."""
+    lane = Lane()
+    lane.converse([b"ALLOC a 3\nALLOC slow 4\nALLOC a 0\nALLOC spent\nNOPE\nPING\n", b"x" * 300])
+    assert (lane.metrics.requests_total, lane.metrics.ids_total) == (7, 7)
+    assert lane.metrics.waits_total == 1
+    assert lane.metrics.errors_total == Counter(
+        {"badcount": 1, "exhausted": 1, "unknown": 1, "toolong": 1}
+    )
+
+
+# What is not executed
+
+
+@pytest.mark.parametrize("tail", [b"ALLOC a 10", b"ALLOC a 10\r", b"QUIT", b"A", b"x" * 255])
+def test_an_unfinished_line_is_never_executed(tail: bytes) -> None:
+    """`ALLOC a 10` at the end may be the beginning of `ALLOC a 100`."""
+    lane = Lane()
+    assert lane.send(b"ALLOC a\n" + tail) == b"OK 1 1\n"
+    assert lane.session.is_mid_line
+    assert lane.send(b"") == b""
+    assert lane.session.finished
+    assert lane.taken == {"a": 1}
+
+
+@pytest.mark.parametrize("size", [254, 255, 256, 257, 100_000])
+@pytest.mark.parametrize("cr", [b"", b"\r"])
+def test_an_over_long_line_gets_one_error(size: int, cr: bytes) -> None:
+    """Above 255 bytes with its CR a line gets ERR toolong, once, and the connection lives."""
+    line = b"ALLOC a".ljust(size - len(cr), b"1") + cr
+    code = b"toolong" if size > LINE_BYTES_MAX else b"badname"
+    replies = converse(line + b"\nALLOC b\n")
+    assert re.fullmatch(rb"ERR %s [^\n]+\nOK 1 1\n" % code, replies)
+    assert (b"\r\n" in replies) == (cr != b"")
+    at_end = converse(b"ALLOC b\n" + line)
+    assert at_end.count(b"ERR toolong ") == (size > LINE_BYTES_MAX)
+    assert at_end.startswith(b"OK 1 1\n")
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET / HTTP/1.1",
+        b"POST /ALLOC HTTP/1.0",
+        b"PRI * HTTP/2.0",
+        b"PROPFIND / HTTP/1.1",
+        b"GET /" + b"x" * 10_000 + b" HTTP/1.1",
+        b"POST /" + b"x" * 300 + b" HTTP/1.1",
+    ],
+)
+def test_stray_http_is_told_once_and_closed(head: bytes, end: bytes) -> None:
+    """After a request line of HTTP nothing is executed, neither headers nor body."""
+    body = end.join([head, b"Host: x", b"", b"ALLOC orders 5", b"PING", b""])
+    reply = b"ERR syntax this server speaks idalloc/1, not HTTP; closing" + end
+    for data in (body, head + end):
+        for cuts in ([], range(len(data)), [len(head) + len(end)]):
+            lane = Lane()
+            assert lane.converse(chunks(data, cuts)) == reply
+            assert lane.taken == {}
+    assert converse(b"ALLOC a\n" + body) == b"OK 1 1\n" + reply
+
+
+def test_a_person_who_types_get_is_not_http() -> None:
+    """A wrong guess at a verb is only unknown; the connection lives."""
+    assert converse(b"GET orders\nALLOC orders\n") == (
+        b"ERR unknown no verb GET; try HELP\nOK 1 1\n"
+    )
+
+
+def test_quit_is_the_end() -> None:
+    """QUIT is answered; what follows it is not executed, however it arrives."""
+    for pieces in ([b"quit\nALLOC a\nPING\n"], [b"QUIT\n", b"ALLOC a\n"]):
+        lane = Lane()
+        assert lane.converse([b"ALLOC b\n", *pieces]) == b"OK 1 1\nOK\n"
+        assert lane.taken == {"b": 1}
+    assert lane.session.advance() == b""
+
+
+# Waiting
+
+
+def test_a_wait_holds_everything_after_it() -> None:
+    """While an ALLOC waits nothing behind it is answered or executed; what is before it is."""
+    lane = Lane()
+    session = lane.session
+    session.receive(b"PING\nALLOC slow 2 @t\r\nALLOC a\nNOPE\nQUIT\n")
+    assert session.advance() == b"OK PONG\n"
+    assert session.waiting == Alloc("slow", 2, "@t")
+    for _ in range(2):
+        assert not session.has_work
+        assert session.advance() == b""
+    assert lane.taken == {}
+    session.resolve(41)
+    assert session.has_work
+    assert session.advance() == b"OK 41 2 @t\r\nOK 1 1\nERR unknown no verb NOPE; try HELP\nOK\n"
+    assert session.finished
+
+
+@pytest.mark.parametrize("error", [Busy("no IDs came"), Unavailable("no store answers")])
+def test_a_wait_may_end_in_an_error(error: IdallocError) -> None:
+    """A rejected ALLOC gets its error, ended as it was asked; those behind it are served."""
+    lane = Lane()
+    lane.session.receive(b"ALLOC slow\r\nALLOC a\n")
+    assert lane.session.advance() == b""
+    lane.session.reject(error)
+    reply = f"ERR {error.code} {error}\r\nOK 1 1\n"
+    assert lane.session.advance() == reply.encode()
+    assert lane.metrics.errors_total == {error.code: 1}
+    assert lane.metrics.ids_total == 1
+
+
+def test_waits_come_one_after_the_other() -> None:
+    """Each ALLOC that must wait is asked for by itself, in order."""
+    session = Lane().session
+    session.receive(b"ALLOC slow 1\nALLOC slow 2\n")
+    for count, first in ((1, 10), (2, 20)):
+        session.advance()
+        assert session.waiting == Alloc("slow", count)
+        session.resolve(first)
+    assert session.advance() == b"OK 20 2\n"
+
+
+def test_the_end_may_come_during_a_wait() -> None:
+    """Half-close: all complete lines are answered, also those behind a wait, then it is over."""
+    session = Lane().session
+    session.receive(b"ALLOC slow\nPING\nALLOC a 10")
+    assert session.advance() == b""
+    session.receive(b"")
+    assert session.advance() == b""
+    assert not session.finished
+    session.resolve(1)
+    assert session.advance() == b"OK 1 1\nOK PONG\n"
+    assert session.finished
+
+
+def test_only_what_waits_can_be_settled() -> None:
+    """Settling a request that does not wait is a fault of the caller, and does nothing."""
+    session = Lane().session
+    with pytest.raises(AssertionError, match="no request is waiting"):
+        session.resolve(1)
+    with pytest.raises(AssertionError, match="no request is waiting"):
+        session.reject(Busy("no IDs came"))
+    assert session.advance() == b""
+
+
+# Errors, and the end
+
+
+@pytest.mark.parametrize("cls", BY_CODE.values())
+def test_every_error_of_the_store_is_a_reply(cls: type[IdallocError]) -> None:
+    """Whatever `take` refuses with becomes an ERR line with its code, and the connection lives."""
+
+    def refuse(_service: str, _count: int) -> int | None:
+        raise cls("sorry\nabout\x1bthat")
+
+    session = Session(RequestParser(MAX_COUNT), refuse, report, Metrics())
+    session.receive(b"ALLOC a\nPING\n")
+    assert session.advance() == f"ERR {cls.code} sorry about that\nOK PONG\n".encode()
+    assert not session.finished
+
+
+def test_giving_up_on_a_client() -> None:
+    """An abort has a last line for the client and ends the session, whatever was received."""
+    lane = Lane()
+    lane.session.receive(b"ALLOC a\n")
+    assert lane.session.abort(Internal("the server failed")) == b"ERR internal the server failed\n"
+    assert lane.session.finished
+    assert not lane.session.has_work
+    assert lane.session.advance() == b""
+    assert lane.taken == {}
+    assert lane.metrics.errors_total == {"internal": 1}
+
+
+def test_an_end_without_a_word() -> None:
+    """A client that connects and leaves gets nothing."""
+    assert converse() == b""
+
+
+# Draining
+
+
+def test_a_drain_serves_what_was_received() -> None:
+    """On a stop what has arrived is still served; each later ALLOC is refused, PING answers."""
+    lane = Lane()
+    lane.session.receive(b"ALLOC a\nALLOC slow\nALLOC a 2\n")
+    lane.session.drain()
+    assert lane.session.advance() == b"OK 1 1\n"
+    lane.session.resolve(1)
+    assert lane.session.advance() == b"OK 1 1\nOK 2 2\n"
+    draining = b"ERR draining the server is stopping; connect again"
+    assert lane.send(b"ALLOC a\r\nPING\nALLOC slow\nALLOC a 0\n") == (
+        draining + b"\r\nOK PONG\n" + draining + b"\n"
+        b"ERR badcount a count is a plain decimal from 1 to 1000000\n"
+    )
+    assert lane.send(b"") == b""
+    assert lane.session.finished
+    assert lane.taken == {"a": 3}
+
+
+def test_a_line_that_a_drain_cuts_in_two_is_refused() -> None:
+    """An ALLOC counts as received when its LF is."""
+    lane = Lane()
+    assert lane.send(b"ALLOC a") == b""
+    lane.session.drain()
+    assert lane.send(b" 5\n").startswith(b"ERR draining ")
+    assert lane.taken == {}
+
+
+# Bounds
+
+
+@pytest.mark.parametrize("line", [b"HELP\n", b"STATS\n", b"PING\n", b"ALLOC a\n", b"\n"])
+def test_one_step_gives_a_bounded_number_of_bytes(line: bytes) -> None:
+    """A flood of requests is answered in steps, none of much more than the goal."""
+    flood, one = 65_536 // len(line), len(converse(line)) + len("65536")
+    lane = Lane()
+    lane.session.receive(line * flood)
+    lane.session.receive(b"")
+    lines = 0
+    while not lane.session.finished:
+        replies = lane.session.advance()
+        assert 0 < len(replies) < REPLY_BYTES_GOAL + one
+        lines += replies.count(b"\n")
+    assert lines == flood * converse(line).count(b"\n")
+
+
+def test_a_step_is_not_small() -> None:
+    """While there is work a step fills up to the goal, so that few sends are needed."""
+    lane = Lane()
+    lane.session.receive(b"HELP\n" * 1000)
+    assert len(lane.session.advance()) >= REPLY_BYTES_GOAL
+    assert lane.session.has_work
+
+
+def test_the_bound_counts_a_settled_reply() -> None:
+    """The reply to what waited is part of the step that sends it."""
+    lane = Lane()
+    lane.session.receive(b"ALLOC slow\n" + b"PING\n" * REPLY_BYTES_GOAL)
+    lane.session.advance()
+    lane.session.resolve(1)
+    replies = lane.session.advance()
+    assert replies.startswith(b"OK 1 1\nOK PONG\n")
+    assert REPLY_BYTES_GOAL <= len(replies) < REPLY_BYTES_GOAL + len(b"OK PONG\n")
