@@ -181,7 +181,7 @@ class Settings:
         "How long a client may take to accept its replies, in seconds.",
     )
     drain_seconds: float = setting(
-        1.5,
+        2.5,
         seconds(0),
         _TIMES,
         "How long busy connections may go on after a clean stop has begun, in seconds.",

@@ -37,7 +37,7 @@ class ServerLimits:
     max_connections: int = 20_000
     max_count: int = 1_000_000
     #: How long busy connections get on a clean stop.
-    drain_seconds: float = 1.5
+    drain_seconds: float = 2.5
     connection: ConnectionLimits = attrs.field(factory=ConnectionLimits)
 
 

@@ -119,10 +119,14 @@ class Session:
         room = REPLY_BYTES_GOAL - len(self._settled)
         self._settled = b""
         lines = self._lines
-        while lines and room > 0 and self.waiting is None and not self.finished:
-            reply = self._answer(lines.popleft())
-            room -= len(reply)
-            replies.append(reply)
+        try:
+            while lines and room > 0 and self.waiting is None and not self.finished:
+                reply = self._answer(lines.popleft())
+                room -= len(reply)
+                replies.append(reply)
+        except BaseException:
+            self._settled = b"".join(replies)  # For `abort`: these requests were served.
+            raise
         if self._ended and not lines and self.waiting is None:
             self.finished = True
         return b"".join(replies)
@@ -138,9 +142,9 @@ class Session:
         self._settled = self._refuse(error) + ending_of(self._waiting_line)
 
     def abort(self, error: IdallocError) -> bytes:
-        """Give up on this client: the last line to send it."""
+        """Give up on this client: what to send it last."""
         self.finished = True
-        return self._refuse(error) + b"\n"
+        return self._settled + self._refuse(error) + b"\n"
 
     def _stop_waiting(self) -> Alloc:
         request = self.waiting

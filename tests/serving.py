@@ -4,9 +4,11 @@ import socket
 import struct
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Final, Self, final
 
 import attrs
+import pytest
 import trio
 
 from idalloc_tcp.address import Address, TcpAddress, UnixAddress, parse_address
@@ -20,8 +22,29 @@ from tests.fakes import FakeLedger
 
 #: Nothing in these tests takes so long, unless it hangs.
 PATIENCE_SECONDS: Final = 10.0
+#: A server listens on any of these.
+ADDRESS_KINDS: Final = ("ipv4", "ipv6", "unix")
 #: With this option set, closing a socket resets its connection.
 RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)
+
+
+def free_address(kind: str, directory: Path) -> str:
+    """An address to listen on that nobody uses; skips the test if this machine has none."""
+    if kind == "ipv6" and not _has_ipv6():
+        pytest.skip("this machine has no ::1")
+    return {
+        "ipv4": "127.0.0.1:0",
+        "ipv6": "[::1]:0",
+        "unix": f"unix:{directory / 'ids.sock'}",
+    }[kind]
+
+
+def _has_ipv6() -> bool:
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
 
 
 @final

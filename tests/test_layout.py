@@ -23,7 +23,7 @@ ALLOCATING: Final = frozenset(ORDER[ORDER.index("pool") : ORDER.index("connectio
 
 #: What must be usable, and testable, without an event loop or a store.
 PURE: Final = (
-    *("errors", "names", "config", "metrics", "log", "protocol", "session"),
+    *("errors", "names", "address", "kinds", "config", "metrics", "log", "protocol", "session"),
     *("pool", "sizing", "backoff"),
 )
 IMPURE_PACKAGES: Final = frozenset({"trio", "trio_asyncio", "asyncio", "redis", "asyncmy"})
@@ -47,6 +47,7 @@ def imported_modules(path: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are absolute"
             names = [f"{node.module}.{alias.name}" for alias in node.names]
+        # The dot is there for a plain `import idalloc_tcp`, whose inner part is empty.
         for package, inner, *_ in (f"{name}.".split(".") for name in names):
             if package == ROOT.name and inner in MODULES:
                 yield inner
