@@ -144,7 +144,8 @@ class Session:
     def abort(self, error: IdallocError) -> bytes:
         """Give up on this client: what to send it last."""
         self.finished = True
-        return self._settled + self._refuse(error) + b"\n"
+        replies, self._settled = self._settled, b""
+        return replies + self._refuse(error) + b"\n"
 
     def _stop_waiting(self) -> Alloc:
         request = self.waiting

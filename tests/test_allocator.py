@@ -26,6 +26,8 @@ POLICY = AllocatorPolicy(
     idle_service_seconds=60,
     stop_seconds=5,
 )
+#: No test lasts longer, in virtual time: whatever goes wrong, it ends.
+TEST_SECONDS_MAX = 10_000
 #: However the reaper's looks fall, an idle service is gone after this.
 REAPED_SECONDS = POLICY.idle_service_seconds * (1 + 2 / REAPS_PER_IDLE_TIME)
 
@@ -60,10 +62,11 @@ class Rig:
 async def running(ledger: FakeLedger, policy: AllocatorPolicy = POLICY) -> AsyncIterator[Rig]:
     """A rig whose allocator runs until the end of the block, and has stopped after it."""
     rig = Rig(ledger, policy)
-    async with trio.open_nursery() as nursery:
-        await nursery.start(rig.allocator.run)
-        yield rig
-        rig.allocator.stop()
+    with trio.fail_after(TEST_SECONDS_MAX):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(rig.allocator.run)
+            yield rig
+            rig.allocator.stop()
 
 
 @pytest.fixture
@@ -219,6 +222,20 @@ async def test_service_in_trouble_is_reaped(ledger: FakeLedger, autojump_clock: 
         assert len(rig.recorder.lease_calls) == calls
         ledger.down = False
         assert await rig.ask("orders") == 1
+
+
+async def test_request_at_the_moment_of_reaping(
+    ledger: FakeLedger, autojump_clock: MockClock
+) -> None:
+    """A request that begins to wait just as the reaper looks is served.
+
+    Several times, since the tasks' order is random.
+    """
+    for _ in range(20):
+        async with running(ledger) as rig:
+            first = await rig.ask("orders")
+            await trio.sleep(POLICY.idle_service_seconds * (1 + 1 / REAPS_PER_IDLE_TIME))
+            assert await rig.ask("orders", 1_000) > first
 
 
 @pytest.mark.parametrize("floors_max", [1, 1_000])

@@ -35,6 +35,8 @@ CEILINGS = {"short": 1_200_000}
 SERVICES = ("orders", "users", "short")
 DELAY_SECONDS_MAX = 2.5
 REPLY_SECONDS_MAX = 1.0
+#: Virtual time is a float.
+ROUNDING_SECONDS = 1e-6
 
 
 @attrs.frozen
@@ -140,7 +142,8 @@ class Worker:
                 assert name in CEILINGS
             except (Busy, Unavailable):
                 pass
-        assert trio.current_time() <= began_at + min(POLICY.wait_seconds, patience_seconds)
+        elapsed_seconds = trio.current_time() - began_at
+        assert elapsed_seconds <= min(POLICY.wait_seconds, patience_seconds) + ROUNDING_SECONDS
 
     async def _wait(self, name: str, count: int, request: Request) -> int:
         queue = self.waiting[name]
@@ -254,7 +257,7 @@ async def play(program: Sequence[Step], workers: int) -> None:
         stopped_at = trio.current_time()
         for worker in world.workers:
             worker.allocator.stop()
-    assert trio.current_time() <= stopped_at + 2 * POLICY.stop_seconds
+    assert trio.current_time() - stopped_at <= 2 * POLICY.stop_seconds + ROUNDING_SECONDS
     world.check_accounts()
     for worker in world.workers:
         assert dict(worker.allocator.rows()) == {"services": 0}

@@ -16,6 +16,9 @@ from idalloc_tcp.service import Service
 from idalloc_tcp.sizing import GROWTH_MAX, Demand, SizePolicy
 
 BIG = 1_000_000
+#: No test lasts longer, in virtual time, or fetches more often: whatever goes wrong, it ends.
+TEST_SECONDS_MAX = 10_000
+ATTEMPTS_MAX = 10_000
 #: More attempts than this in so many seconds would be spinning.
 ATTEMPTS_PER_SECOND_MAX = 2 / LONGEST_SECONDS
 
@@ -39,6 +42,7 @@ class Source:
     async def reserve(self, _service: str, size: int) -> Segment:
         """As `Reservation.reserve`."""
         self.sizes.append(size)
+        assert len(self.sizes) <= ATTEMPTS_MAX, "fetches without end"
         await trio.sleep(self.delay_seconds)
         if self.trouble is not None:
             raise type(self.trouble)(*self.trouble.args)
@@ -54,19 +58,15 @@ class Source:
         self.trouble = None
 
 
-def new_service(policy: SizePolicy | None = None) -> Service:
-    """A service that has nothing yet; to be made in a running loop."""
-    return Service("orders", Pool(), Demand(policy or SizePolicy(), trio.current_time()))
-
-
 @asynccontextmanager
 async def running(source: Source, policy: SizePolicy | None = None) -> AsyncIterator[Service]:
     """A service whose prefetch task runs until the end of the block."""
-    service = new_service(policy)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(service.prefetch, source.reserve)
-        yield service
-        service.stop()
+    service = Service("orders", Pool(), Demand(policy or SizePolicy(), trio.current_time()))
+    with trio.fail_after(TEST_SECONDS_MAX):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(service.prefetch, source.reserve)
+            yield service
+            service.stop()
 
 
 async def take_or_wait(service: Service, count: int) -> int:

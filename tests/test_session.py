@@ -194,19 +194,22 @@ def test_waits_come_one_after_the_other() -> None:
         session.advance()
         assert session.waiting == Alloc("slow", count)
         session.resolve(first)
+        assert session.has_work
     assert session.advance() == b"OK 20 2\n"
+    assert not session.has_work
 
 
-def test_the_end_may_come_during_a_wait() -> None:
+@pytest.mark.parametrize(("behind", "reply"), [(b"PING\nALLOC a 10", b"OK PONG\n"), (b"", b"")])
+def test_the_end_may_come_during_a_wait(behind: bytes, reply: bytes) -> None:
     """Half-close: all complete lines are answered, also those behind a wait, then it is over."""
     session = Lane().session
-    session.receive(b"ALLOC slow\nPING\nALLOC a 10")
+    session.receive(b"ALLOC slow\n" + behind)
     assert session.advance() == b""
     session.receive(b"")
     assert session.advance() == b""
     assert not session.finished
     session.resolve(1)
-    assert session.advance() == b"OK 1 1\nOK PONG\n"
+    assert session.advance() == b"OK 1 1\n" + reply
     assert session.finished
 
 
@@ -246,6 +249,27 @@ def test_giving_up_on_a_client() -> None:
     assert lane.session.advance() == b""
     assert lane.taken == {}
     assert lane.metrics.errors_total == {"internal": 1}
+
+
+def test_a_crash_costs_no_reply_before_it() -> None:
+    """What was served before a fault of the server is still told, once, ahead of the last line."""
+
+    def take(service: str, _count: int) -> int | None:
+        if service == "crash":
+            raise RuntimeError("a fault")
+        return None
+
+    session = Session(RequestParser(MAX_COUNT), take, report, Metrics())
+    session.receive(b"ALLOC slow 3\nPING\nALLOC crash\nALLOC a\n")
+    assert session.advance() == b""
+    session.resolve(1)
+    with pytest.raises(RuntimeError):
+        session.advance()
+    last = b"ERR internal the server failed\n"
+    assert session.abort(Internal("the server failed")) == b"OK 1 3\nOK PONG\n" + last
+    assert not session.has_work
+    assert session.advance() == b""
+    assert session.abort(Internal("the server failed")) == last
 
 
 def test_an_end_without_a_word() -> None:
@@ -304,17 +328,18 @@ def test_one_step_gives_a_bounded_number_of_bytes(line: bytes) -> None:
 def test_a_step_is_not_small() -> None:
     """While there is work a step fills up to the goal, so that few sends are needed."""
     lane = Lane()
-    lane.session.receive(b"HELP\n" * 1000)
-    assert len(lane.session.advance()) >= REPLY_BYTES_GOAL
-    assert lane.session.has_work
+    lane.session.receive(b"PING\n" * REPLY_BYTES_GOAL)
+    for _ in range(3):
+        assert len(lane.session.advance()) == REPLY_BYTES_GOAL
+        assert lane.session.has_work
 
 
 def test_the_bound_counts_a_settled_reply() -> None:
     """The reply to what waited is part of the step that sends it."""
     lane = Lane()
-    lane.session.receive(b"ALLOC slow\n" + b"PING\n" * REPLY_BYTES_GOAL)
+    lane.session.receive(b"ALLOC slow @a-long-trace\n" + b"PING\n" * REPLY_BYTES_GOAL)
     lane.session.advance()
     lane.session.resolve(1)
     replies = lane.session.advance()
-    assert replies.startswith(b"OK 1 1\nOK PONG\n")
+    assert replies.startswith(b"OK 1 1 @a-long-trace\nOK PONG\n")
     assert REPLY_BYTES_GOAL <= len(replies) < REPLY_BYTES_GOAL + len(b"OK PONG\n")
