@@ -4,7 +4,7 @@ A program is a list of steps. It runs on one or two allocators that share a ledg
 client gets is noted in the order of taking, and what must hold is checked as it happens.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import TypeAlias
 
@@ -161,25 +161,16 @@ class Worker:
         taken = Segment(first, first + count)
         served = self.served[name]
         assert not served or taken.start >= served[-1].stop, "not above what was served before"
-        assert any(
-            lease.start <= taken.start and taken.stop <= lease.stop for lease in self._leased(name)
-        ), "served before it was leased"
+        assert self._is_leased(name, taken), "served before it was leased"
         served.append(taken)
 
-    def _leased(self, name: str) -> Iterator[Segment]:
-        """What the ledger has committed, merged where leases adjoin."""
-        merged: Segment | None = None
-        for lease in self.ledger.leases:
-            if lease.service != name:
-                continue
-            if merged is not None and merged.stop == lease.segment.start:
-                merged = Segment(merged.start, lease.segment.stop)
-            else:
-                if merged is not None:
-                    yield merged
-                merged = lease.segment
-        if merged is not None:
-            yield merged
+    def _is_leased(self, name: str, taken: Segment) -> bool:
+        """Has the ledger committed all of it, in one lease or in several that adjoin?"""
+        leased_until = taken.start
+        for lease in sorted(lease.segment for lease in self.ledger.leases if lease.service == name):
+            if lease.start <= leased_until:
+                leased_until = max(leased_until, lease.stop)
+        return leased_until >= taken.stop
 
 
 @attrs.define(eq=False)
