@@ -86,6 +86,10 @@ class Unavailable(ServerFault):
     code = "unavailable"
 
 
+class NotOurs(Unavailable):
+    """The original idalloc wrote this row: it may be behind, so nothing is leased from it."""
+
+
 class Exhausted(ServerFault):
     """The service's ceiling would be passed. Certain: nothing was taken."""
 

@@ -1,13 +1,16 @@
 """Stand-ins for the stores, with hooks for every fault that they can have."""
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import final
 
 import attrs
 import trio
 
-from idalloc_tcp.errors import Exhausted, Unavailable
-from idalloc_tcp.ledger import Ledger, Tail
+from idalloc_tcp.counter import Cut, Reason, Refusal, State
+from idalloc_tcp.errors import Exhausted, NotOurs, Unavailable
+from idalloc_tcp.ledger import CLOSED, Ledger, Row, Tail
 from idalloc_tcp.pool import Segment
 
 
@@ -20,13 +23,9 @@ class Lease:
     segment: Segment
 
 
-@final
 @attrs.define(eq=False)
-class FakeLedger:
-    """A `Ledger` in memory that fails as it is told to.
-
-    It asserts that it never gives an ID away that somebody still owns, except for those that
-    it was made to forget.
+class FakeStore:
+    """What all stores have in common: the faults.
 
     Attributes:
         down: every call raises `Unavailable` before it acts.
@@ -34,22 +33,55 @@ class FakeLedger:
         delay_seconds: how long every call sleeps before it acts.
         reply_seconds: how long every reply is under way; a caller that is cancelled meanwhile
             never learns that the call acted.
-        leases: every lease in order, without those that were taken from outside.
     """
 
     down: bool = False
     lose_reply: bool = False
     delay_seconds: float = 0.0
     reply_seconds: float = 0.0
-    leases: list[Lease] = attrs.field(init=False, factory=list)
     _failures_to_come: int = attrs.field(init=False, default=0)
-    _last_alloc_values: dict[str, int] = attrs.field(init=False, factory=dict)
-    _owned: dict[str, list[Segment]] = attrs.field(init=False, factory=dict)
     _closed: bool = attrs.field(init=False, default=False)
 
     def fail_next(self, calls: int) -> None:
         """The next so many calls raise `Unavailable` before they act."""
         self._failures_to_come = calls
+
+    async def aclose(self) -> None:
+        """From now on it is down."""
+        self._closed = True
+
+    @asynccontextmanager
+    async def _call(self) -> AsyncIterator[None]:
+        """What happens inside is one atomic execution there."""
+        await trio.sleep(self.delay_seconds)
+        if self.down or self._closed:
+            raise Unavailable("the fake store is down")
+        if self._failures_to_come:
+            self._failures_to_come -= 1
+            raise Unavailable("the fake store failed, as it was told to")
+        try:
+            yield
+        finally:  # A lost reply takes the place of any other, also of an exception.
+            lose_reply = self.lose_reply
+            await trio.sleep(self.reply_seconds)
+            if lose_reply:
+                raise Unavailable("the fake store's reply was lost")
+
+
+@attrs.define(eq=False)
+class FakeLedger(FakeStore):
+    """A `Ledger` in memory that fails as it is told to.
+
+    It asserts that it never gives an ID away that somebody still owns, except for those that
+    it was made to forget.
+
+    Attributes:
+        leases: every lease in order, without those that were taken from outside.
+    """
+
+    leases: list[Lease] = attrs.field(init=False, factory=list)
+    _last_alloc_values: dict[str, int] = attrs.field(init=False, factory=dict)
+    _owned: dict[str, list[Segment]] = attrs.field(init=False, factory=dict)
 
     def take_from_outside(self, service: str, size: int) -> Segment:
         """Lease as another worker would: at once, and whatever fails for this one."""
@@ -70,43 +102,21 @@ class FakeLedger:
 
     async def lease(self, service: str, size: int, *, floor: int, ceiling: int) -> Segment:
         """As `Ledger.lease`."""
-        await self._receive_call()
-        try:
-            base = max(self._last_alloc_values.get(service, 0), floor)
-            if base + size > ceiling:
-                raise Exhausted(f"{service}: a lease of {size} would pass its ceiling {ceiling}")
-            segment = self._give_away(service, base, size)
-            self.leases.append(Lease(service, segment))
-            return segment
-        finally:
-            await self._send_reply()
+        async with self._call():
+            return self._lease(service, size, floor, ceiling)
 
     async def give_back(self, tails: Sequence[Tail]) -> list[bool]:
         """As `Ledger.give_back`."""
-        await self._receive_call()
-        try:
+        async with self._call():
             return [self._take_back(tail) for tail in tails]
-        finally:
-            await self._send_reply()
 
-    async def aclose(self) -> None:
-        """As `Ledger.aclose`."""
-        self._closed = True
-
-    async def _receive_call(self) -> None:
-        await trio.sleep(self.delay_seconds)
-        if self.down or self._closed:
-            raise Unavailable("the fake ledger is down")
-        if self._failures_to_come:
-            self._failures_to_come -= 1
-            raise Unavailable("the fake ledger failed, as it was told to")
-
-    async def _send_reply(self) -> None:
-        """Raised from a `finally`, so that a lost reply takes the place of any other."""
-        lose_reply = self.lose_reply
-        await trio.sleep(self.reply_seconds)
-        if lose_reply:
-            raise Unavailable("the fake ledger's reply was lost")
+    def _lease(self, service: str, size: int, floor: int, ceiling: int) -> Segment:
+        base = max(self._last_alloc_values.get(service, 0), floor)
+        if base + size > ceiling:
+            raise Exhausted(f"{service}: a lease of {size} would pass its ceiling {ceiling}")
+        segment = self._give_away(service, base, size)
+        self.leases.append(Lease(service, segment))
+        return segment
 
     def _give_away(self, service: str, base: int, size: int) -> Segment:
         segment = Segment(base + 1, base + size + 1)
@@ -128,9 +138,223 @@ class FakeLedger:
         self._last_alloc_values[service] = last_alloc_value
         self._owned[service] = [
             Segment(owned.start, min(owned.stop, last_alloc_value + 1))
-            for owned in self._owned[service]
+            for owned in self._owned.get(service, [])
             if owned.start <= last_alloc_value
         ]
+
+
+@final
+@attrs.define(eq=False)
+class FakeSharedLedger(FakeLedger):
+    """A `SharedLedger` in memory, in which the original idalloc may write, too."""
+
+    #: The versions of rows that the original wrote; every other row is ours.
+    _versions: dict[str, int] = attrs.field(init=False, factory=dict)
+
+    def write_original(self, service: str, last: int, version: int) -> None:
+        """As the original does: the greater version wins, even if it lowers the value."""
+        row = self._row(service)
+        if row is None or row.data_version < version:
+            self._last_alloc_values[service], self._versions[service] = last, version
+
+    async def lease(self, service: str, size: int, *, floor: int, ceiling: int) -> Segment:
+        """As `SharedLedger.lease`."""
+        async with self._call():
+            if service in self._versions:
+                raise NotOurs(f"{service}: its row is the original's")
+            return self._lease(service, size, floor, ceiling)
+
+    async def give_back(self, tails: Sequence[Tail]) -> list[bool]:
+        """As `Ledger.give_back`."""
+        async with self._call():
+            return [tail.service not in self._versions and self._take_back(tail) for tail in tails]
+
+    async def take_over(self, service: str, size: int, *, floor: int, ceiling: int) -> Segment:
+        """As `SharedLedger.take_over`."""
+        async with self._call():
+            segment = self._lease(service, size, floor, ceiling)
+            self._versions.pop(service, None)
+            return segment
+
+    async def extend(self, service: str, old_end: int, new_end: int) -> bool:
+        """As `SharedLedger.extend`."""
+        async with self._call():
+            if self._row(service) != Row(old_end, CLOSED):
+                return False
+            self._give_away(service, old_end, new_end - old_end)
+            return True
+
+    async def commit_beside(self, service: str, last: int, version: int) -> bool:
+        """As `SharedLedger.commit_beside`."""
+        async with self._call():
+            row = self._row(service) or Row(0, 0)
+            if row.is_ours:
+                return False
+            self._last_alloc_values[service] = max(row.last_alloc_value, last)
+            self._versions[service] = max(row.data_version, version)
+            return True
+
+    async def raise_to(self, service: str, lease_end: int) -> None:
+        """As `SharedLedger.raise_to`."""
+        async with self._call():
+            row = self._row(service)
+            if row is not None and row.is_ours:
+                self._last_alloc_values[service] = max(row.last_alloc_value, lease_end)
+
+    async def read(self, service: str) -> Row | None:
+        """As `SharedLedger.read`."""
+        async with self._call():
+            return self._row(service)
+
+    def _row(self, service: str) -> Row | None:
+        if service not in self._last_alloc_values:
+            return None
+        return Row(self._last_alloc_values[service], self._versions.get(service, CLOSED))
+
+
+@final
+@attrs.define(eq=False)
+class FakeCounter(FakeStore):
+    """A `Counter` in memory: a Redis that is restarted, restored and failed over at will.
+
+    Attributes:
+        fence: which Redis it is, and under which replication history.
+    """
+
+    fence: str = attrs.field(init=False)
+    _fence_numbers: Iterator[int] = attrs.field(init=False, factory=lambda: itertools.count(1))
+    _hashes: dict[str, State] = attrs.field(init=False, factory=dict)
+
+    def __attrs_post_init__(self) -> None:
+        self._new_fence()
+
+    def flush(self) -> None:
+        """Lose everything; it is still the same Redis."""
+        self._hashes.clear()
+
+    def snapshot(self) -> dict[str, State]:
+        """Every hash as it is now: a backup, or what a replica has received."""
+        return dict(self._hashes)
+
+    def restart(self, snapshot: Mapping[str, State] | None = None) -> None:
+        """Come back as another Redis with the data of the snapshot, by default without any.
+
+        So does a failover look, to a replica that had received just that.
+        """
+        self._hashes = dict(snapshot or {})
+        self._new_fence()
+
+    def fail_over(self) -> None:
+        """Be replaced by a replica that has received everything."""
+        self.restart(self._hashes)
+
+    def write_original(self, service: str, last: int, version: int) -> None:
+        """Hold a hash of the original idalloc instead of whatever was there."""
+        self._hashes[service] = State(last, version)
+
+    def cut_original(self, service: str, size: int) -> Segment | None:
+        """Cut as the original does; None if it failed, as it does on a hash of ours."""
+        state = self._hashes.get(service, State())
+        last = state.last_alloc_value + size
+        self._hashes[service] = attrs.evolve(state, last_alloc_value=last)
+        if state.data_version == CLOSED:
+            return None
+        self._hashes[service] = attrs.evolve(
+            self._hashes[service], data_version=state.data_version + 1
+        )
+        return Segment(last - size + 1, last + 1)
+
+    async def take(self, service: str, size: int, *, floor: int) -> Cut | Refusal:
+        """As `Counter.take`."""
+        async with self._call():
+            reason = self._problem(service, floor)
+            return Refusal(reason, self._state(service)) if reason else self._cut(service, size)
+
+    async def seat(
+        self, service: str, lease: Segment, size: int, refusal: Refusal, *, floor: int
+    ) -> Cut | Refusal:
+        """As `Counter.seat`."""
+        assert refusal.reason is not None
+        async with self._call():
+            state = self._state(service)
+            seen = (self._problem(service, floor), state.lease_end)
+            if seen != (refusal.reason, refusal.state.lease_end):
+                return Refusal(None, state)
+            self._hashes[service] = State(lease.start - 1, CLOSED, lease.last, self.fence)
+            return self._cut(service, size)
+
+    async def extend(self, service: str, old_end: int, new_end: int) -> bool:
+        """As `Counter.extend`."""
+        async with self._call():
+            state = self._state(service)
+            if (state.fence, state.lease_end) != (self.fence, old_end):
+                return False
+            self._hashes[service] = attrs.evolve(state, lease_end=new_end)
+            return True
+
+    async def give_back(self, tail: Tail) -> bool:
+        """As `Counter.give_back`."""
+        async with self._call():
+            state = self._state(tail.service)
+            if (state.fence, state.last_alloc_value) != (self.fence, tail.segment.last):
+                return False
+            self._hashes[tail.service] = attrs.evolve(
+                state, last_alloc_value=tail.segment.start - 1
+            )
+            return True
+
+    async def inspect(self, service: str) -> tuple[State, bool]:
+        """As `Counter.inspect`."""
+        async with self._call():
+            state = self._state(service)
+            return state, state.fence == self.fence
+
+    async def cut_beside(self, service: str, size: int) -> Cut | Refusal:
+        """As `Counter.cut_beside`."""
+        async with self._call():
+            state = self._state(service)
+            if service not in self._hashes:
+                return Refusal(Reason.MISSING, state)
+            if state.fence:
+                return Refusal(None, state)
+            before, version = state.last_alloc_value, state.data_version
+            state = State(before + size, version + 1)
+            self._hashes[service] = state
+            return Cut(Segment(before + 1, before + size + 1), state)
+
+    async def take_over(self, service: str) -> Refusal:
+        """As `Counter.take_over`."""
+        async with self._call():
+            state = self._state(service)
+            if service not in self._hashes or state.fence:
+                return Refusal(None, state)
+            last = state.last_alloc_value
+            self._hashes[service] = State(last, CLOSED, last, self.fence)
+            return Refusal(Reason.SPENT, self._hashes[service])
+
+    def _new_fence(self) -> None:
+        self.fence = f"run-{next(self._fence_numbers)}"
+
+    def _state(self, service: str) -> State:
+        return self._hashes.get(service, State())
+
+    def _problem(self, service: str, floor: int) -> Reason | None:
+        state = self._state(service)
+        problems = {
+            Reason.MISSING: service not in self._hashes,
+            Reason.FOREIGN: not state.fence,
+            Reason.STALE: state.fence != self.fence,
+            Reason.PASSED: state.lease_end < floor,
+            Reason.SPENT: state.last_alloc_value >= state.lease_end,
+        }
+        return next((reason for reason, holds in problems.items() if holds), None)
+
+    def _cut(self, service: str, size: int) -> Cut:
+        before = self._hashes[service]
+        last = min(before.last_alloc_value + size, before.lease_end)
+        after = attrs.evolve(before, last_alloc_value=last)
+        self._hashes[service] = after
+        return Cut(Segment(before.last_alloc_value + 1, last + 1), after)
 
 
 @final

@@ -50,7 +50,7 @@ FORMAT: Final = 1
 #: Format 1 is exactly this text: another text is another format.
 _TABLE: Final = """\
 CREATE TABLE tbl_alloc_info (
-    service_name TEXT PRIMARY KEY NOT NULL,
+    service_name TEXT PRIMARY KEY NOT NULL CHECK (service_name = lower(service_name)),
     last_alloc_value INTEGER NOT NULL DEFAULT 0 CHECK (last_alloc_value >= 0),
     data_version INTEGER NOT NULL DEFAULT 0 CHECK (data_version >= 0)
 ) STRICT"""
@@ -76,7 +76,7 @@ _PROBLEMS: Final = {
     sqlite3.SQLITE_CANTOPEN: "cannot be opened: check the permissions of it and its directory",
     sqlite3.SQLITE_FULL: "cannot grow: make room on the disk",
     sqlite3.SQLITE_IOERR: "cannot be read or written: check the disk, its room and its limits",
-    sqlite3.SQLITE_CORRUPT: "is damaged: restore it from a backup",
+    sqlite3.SQLITE_CORRUPT: "is damaged: see Restoring in the README",
     sqlite3.SQLITE_NOTADB: "is not an SQLite file: choose another path, or restore it",
 }
 
@@ -300,7 +300,7 @@ def _check_file(path: Path) -> tuple[int, int]:
         raise StartRefused(f"{path} is not a regular file: choose another path")
     if status.st_size == 0:
         raise StartRefused(
-            f"{path} is empty: it may have been truncated; restore it, or delete it to start from 1"
+            f"{path} is empty: it may have been cut short: see Restoring in the README"
         )
     return _identity_of(status)
 
@@ -321,7 +321,7 @@ def _check_content(db: sqlite3.Connection, path: Path) -> None:
         )
     damage = _pragma(db, "quick_check(1)")
     if damage != "ok":
-        raise StartRefused(_one_line(f"{path} is damaged: restore it from a backup ({damage})"))
+        raise StartRefused(_one_line(f"{path} is damaged: see Restoring in the README ({damage})"))
     tables = db.execute("SELECT sql FROM sqlite_schema WHERE name = 'tbl_alloc_info'").fetchall()
     if tables != [(_TABLE,)]:
         raise StartRefused(

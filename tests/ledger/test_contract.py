@@ -4,49 +4,77 @@ import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 import attrs
 import pytest
 import trio
 import trio.testing
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from idalloc_tcp.bridge import asyncio_loop
 from idalloc_tcp.errors import Exhausted, Unavailable
 from idalloc_tcp.ledger import Ledger, Tail
+from idalloc_tcp.ledger.mysql import MysqlLedger
 from idalloc_tcp.ledger.sqlite import SqliteLedger
 from idalloc_tcp.pool import MAX_ID, Segment
-from tests.fakes import FakeLedger
+from tests.fakes import FakeLedger, FakeSharedLedger
+from tests.ledger.conftest import url_of
+from tests.real.mariadb_server import MariaDbDatabase
+
+Opener: TypeAlias = Callable[[pytest.FixtureRequest], AbstractAsyncContextManager[Ledger]]
 
 
 @asynccontextmanager
-async def fake_ledger(_: Path) -> AsyncIterator[Ledger]:
+async def fake_ledger(_: pytest.FixtureRequest) -> AsyncIterator[Ledger]:
     """The fake, empty."""
     yield FakeLedger()
 
 
 @asynccontextmanager
-async def sqlite_ledger(directory: Path) -> AsyncIterator[Ledger]:
+async def fake_shared_ledger(_: pytest.FixtureRequest) -> AsyncIterator[Ledger]:
+    """The fake that a counter can stand on, empty."""
+    yield FakeSharedLedger()
+
+
+@asynccontextmanager
+async def sqlite_ledger(_: pytest.FixtureRequest) -> AsyncIterator[Ledger]:
     """The embedded ledger on a new file."""
-    ledger = await SqliteLedger.open(directory / "ids.db")
-    try:
-        yield ledger
-    finally:
-        await ledger.aclose()
+    with tempfile.TemporaryDirectory() as directory:
+        ledger = await SqliteLedger.open(Path(directory) / "ids.db")
+        try:
+            yield ledger
+        finally:
+            await ledger.aclose()
+
+
+@asynccontextmanager
+async def mysql_ledger(request: pytest.FixtureRequest) -> AsyncIterator[Ledger]:
+    """The ledger in a real database, on a new table."""
+    database: MariaDbDatabase = request.getfixturevalue("mariadb_database")
+    database.query("DROP TABLE IF EXISTS tbl_alloc_info")
+    async with asyncio_loop():
+        ledger = MysqlLedger(url_of(database), create_table=True)
+        try:
+            yield ledger
+        finally:
+            await ledger.aclose()
 
 
 #: How to open an empty ledger; another store joins these tests with one line.
-LEDGERS: Final[dict[str, Callable[[Path], AbstractAsyncContextManager[Ledger]]]] = {
+LEDGERS: Final[dict[str, Opener]] = {
     "fake": fake_ledger,
+    "fake_shared": fake_shared_ledger,
     "sqlite": sqlite_ledger,
+    "mysql": mysql_ledger,
 }
 
 
 @pytest.fixture(params=LEDGERS)
-async def ledger(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Ledger]:
+async def ledger(request: pytest.FixtureRequest) -> AsyncIterator[Ledger]:
     """Each kind of ledger in turn, empty."""
-    async with LEDGERS[request.param](tmp_path) as opened:
+    async with LEDGERS[request.param](request) as opened:
         yield opened
 
 
@@ -288,17 +316,20 @@ programs = st.lists(lease_steps | give_back_steps, max_size=30)
 
 
 @pytest.mark.parametrize("kind", LEDGERS)
-@settings(deadline=None, max_examples=60)
+@settings(
+    deadline=None,
+    max_examples=30,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # Each example empties it.
+)
 @given(program=programs)
 def test_any_program_agrees_with_the_model(
-    kind: str, program: list[LeaseStep | GiveBackStep]
+    request: pytest.FixtureRequest, kind: str, program: list[LeaseStep | GiveBackStep]
 ) -> None:
     """Whatever is leased and given back, in time or late, no ID has two owners."""
 
     async def main() -> None:
-        with tempfile.TemporaryDirectory() as directory:
-            async with LEDGERS[kind](Path(directory)) as ledger:
-                await run_program(ledger, program)
+        async with LEDGERS[kind](request) as ledger:
+            await run_program(ledger, program)
 
     trio.run(main)
 

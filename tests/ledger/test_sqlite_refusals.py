@@ -86,7 +86,7 @@ def make_float(path: Path) -> None:
 REFUSED: Final[dict[Callable[[Path], None], str]] = {
     make_directory: "is a directory: name a file in it",
     make_pipe: "is not a regular file",
-    Path.touch: "is empty: it may have been truncated; restore it, or delete it to start from 1",
+    Path.touch: "is empty: it may have been cut short: see Restoring in the README",
     make_dangling_link: "cannot be used: No such file or directory",
     make_text: "is not an SQLite file: ",
     make_foreign: "is an SQLite file, but not of this program or damaged (application_id 0): ",
@@ -95,8 +95,8 @@ REFUSED: Final[dict[Callable[[Path], None], str]] = {
     make_without_table: "has a table tbl_alloc_info of another shape, or none: ",
     make_other_shape: "has a table tbl_alloc_info of another shape, or none: ",
     make_float: "has a table tbl_alloc_info of another shape, or none: ",
-    make_corrupt: "is damaged: restore it from a backup (",
-    make_cut_short: "is damaged: restore it from a backup (",
+    make_corrupt: "is damaged: see Restoring in the README (",
+    make_cut_short: "is damaged: see Restoring in the README (",
     make_cut_in_the_header: "is an SQLite file, but not of this program or damaged ",
 }
 
