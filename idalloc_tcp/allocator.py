@@ -1,7 +1,7 @@
 """All services of one process, made on demand and let go when idle."""
 
-from collections.abc import Iterable, Iterator
-from typing import Final, final
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Final, Protocol, final
 
 import attrs
 import trio
@@ -9,17 +9,27 @@ import trio
 from idalloc_tcp.errors import Busy, Draining
 from idalloc_tcp.ledger import Tail
 from idalloc_tcp.metrics import Metrics, Row
-from idalloc_tcp.pool import Pool
-from idalloc_tcp.reservation import Reservation
+from idalloc_tcp.pool import Pool, Segment
+from idalloc_tcp.recent import Recent
 from idalloc_tcp.service import Service
 from idalloc_tcp.sizing import Demand, SizePolicy
 
-#: How many services' last IDs are remembered after the services went idle.
-SERVED_THROUGH_MAX: Final = 1_000_000
 #: The reaper looks this often within the time after which a service counts as idle ...
 REAPS_PER_IDLE_TIME: Final = 4
 #: ... and lets requests in between after so many services.
 REAP_BATCH: Final = 1_000
+
+
+class Source(Protocol):
+    """Where segments come from, and tails go back to."""
+
+    async def reserve(self, service: str, size: int) -> Segment:
+        """As `Reservation.reserve`."""
+        ...
+
+    async def give_back(self, tails: Sequence[Tail]) -> None:
+        """As `Reservation.give_back`."""
+        ...
 
 
 @final
@@ -52,12 +62,12 @@ class _LastSeen:
 class Allocator:
     """Gives out IDs of any service. `run` must be running for anything but `rows`."""
 
-    _reservation: Reservation
+    _reservation: Source
     _policy: AllocatorPolicy
     _metrics: Metrics
     _services: dict[str, Service] = attrs.field(init=False, factory=dict)
     #: Rule 7 outlives a service's idle time: its next pool starts above what the last served.
-    _served_through: dict[str, int] = attrs.field(init=False, factory=dict)
+    _served_through: Recent = attrs.field(init=False, factory=Recent)
     _seen: dict[str, _LastSeen] = attrs.field(init=False, factory=dict)
     _prefetchers: trio.Nursery | None = attrs.field(init=False, default=None)
     _stopping: trio.Event = attrs.field(init=False, factory=trio.Event)
@@ -121,7 +131,7 @@ class Allocator:
         if len(self._services) >= self._policy.max_services:
             raise Busy(f"{self._policy.max_services} services are in use; retry later")
         assert self._prefetchers is not None, "the allocator is not running"
-        pool = Pool(self._served_through.get(name, 0), on_gap=self._metrics.gap)
+        pool = Pool(self._served_through.get(name), on_gap=self._metrics.gap)
         service = Service(name, pool, Demand(self._policy.size, trio.current_time()))
         self._services[name] = service
         self._prefetchers.start_soon(
@@ -157,14 +167,8 @@ class Allocator:
         for service in services:
             service.stop()
             tails += [Tail(service.name, segment) for segment in service.close()]
-            self._remember(service.name, service.pool.served_through)
+            self._served_through.set(service.name, service.pool.served_through)
             del self._services[service.name]
             self._seen.pop(service.name, None)
         await self._reservation.give_back(tails)
         await trio.lowlevel.checkpoint()
-
-    def _remember(self, name: str, served_through: int) -> None:
-        self._served_through.pop(name, None)
-        self._served_through[name] = served_through
-        if len(self._served_through) > SERVED_THROUGH_MAX:
-            del self._served_through[next(iter(self._served_through))]

@@ -29,8 +29,14 @@ class Metrics:
     leased_ids_total: int = 0
     lease_failures_total: int = 0
     returned_ids_total: int = 0
+    cuts_total: int = 0
+    syncs_total: int = 0
+    sync_drops_total: int = 0
+    random_total: int = 0
     #: Error code -> how many replies carried it.
     errors_total: Counter[str] = attrs.field(factory=Counter)
+    #: Reason -> how often the counter was put on a fresh lease for it.
+    seats_total: Counter[str] = attrs.field(factory=Counter)
     #: Reason -> how many IDs will never be served.
     gap_ids_total: Counter[str] = attrs.field(factory=Counter)
 

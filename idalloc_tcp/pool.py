@@ -143,7 +143,6 @@ class Pool:
         if self._next < self._stop:
             tails.insert(0, Segment(self._next, self._stop))
         self._owned_ids -= self.remaining
-        self._served_through = self._next - 1
         self._stop = self._next
         self._later.clear()
         self._later_ids = 0

@@ -9,7 +9,6 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from idalloc_tcp import allocator as allocator_module
 from idalloc_tcp import reservation as reservation_module
 from idalloc_tcp.allocator import REAPS_PER_IDLE_TIME, Allocator, AllocatorPolicy
 from idalloc_tcp.backoff import LONGEST_SECONDS
@@ -242,12 +241,12 @@ async def test_request_at_the_moment_of_reaping(
 async def test_reaped_service_never_goes_backwards(
     ledger: FakeLedger,
     autojump_clock: MockClock,
-    monkeypatch: pytest.MonkeyPatch,
     floors_max: int,
 ) -> None:
     """Never backwards: the IDs rise over an idle time even if ledger and floors forgot."""
-    monkeypatch.setattr(reservation_module, "FLOORS_MAX", floors_max)
     async with running(ledger) as rig:
+        assert isinstance(rig.allocator._reservation, Reservation)
+        rig.allocator._reservation._floors.services_max = floors_max
         assert await rig.ask("orders", 730) == 1
         await rig.ask("users")
         await trio.sleep(REAPED_SECONDS)
@@ -284,15 +283,16 @@ async def test_request_during_a_give_back(
 
 
 async def test_memory_of_idle_services_is_bounded(
-    ledger: FakeLedger, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+    ledger: FakeLedger, autojump_clock: MockClock
 ) -> None:
     """Only so many idle services' last IDs are remembered."""
-    monkeypatch.setattr(allocator_module, "SERVED_THROUGH_MAX", 3)
     async with running(ledger) as rig:
+        rig.allocator._served_through.services_max = 3
         for index in range(10):
             await rig.ask(f"service{index}")
         await trio.sleep(REAPED_SECONDS)
-        assert list(rig.allocator._served_through) == ["service7", "service8", "service9"]
+        remembered = [rig.allocator._served_through.get(f"service{index}") for index in range(10)]
+        assert remembered == [0] * 7 + [1] * 3
         assert not rig.allocator._seen
 
 

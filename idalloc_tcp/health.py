@@ -1,0 +1,79 @@
+"""Whether a store is worth asking: so that a dead one costs one probe a second, not one each."""
+
+from collections.abc import Awaitable, Callable
+from typing import TypeVar, final
+
+import attrs
+import trio
+
+from idalloc_tcp import log
+from idalloc_tcp.backoff import Backoff
+from idalloc_tcp.errors import Exhausted, NotOurs, Unavailable
+
+_T = TypeVar("_T")
+
+
+@final
+@attrs.define(eq=False)
+class Health:
+    """What is known of one store, from how it answered.
+
+    Args:
+        name: what the log calls it.
+    """
+
+    name: str
+    is_up: bool = attrs.field(init=False, default=True)
+    #: How often it was asked while it was down.
+    probes_total: int = attrs.field(init=False, default=0)
+    failures_total: int = attrs.field(init=False, default=0)
+    _backoff: Backoff = attrs.field(init=False, factory=Backoff)
+    _pause_seconds: float = attrs.field(init=False, default=0.0)
+    _ask_again_at: float = attrs.field(init=False, default=0.0)
+
+    async def ask(self, request: Callable[[], Awaitable[_T]]) -> _T:
+        """The store's answer to one request, if it is worth asking.
+
+        Raises:
+            Unavailable: it did not answer, or is down and not due to be asked again.
+        """
+        self._check()
+        try:
+            result = await request()
+        except (NotOurs, Exhausted):
+            self._succeeded()
+            raise
+        except Unavailable as error:
+            self._failed(error)
+            raise
+        self._succeeded()
+        return result
+
+    def _check(self) -> None:
+        """While it is down, at most one caller in each pause gets through."""
+        if self.is_up:
+            return
+        if trio.current_time() < self._ask_again_at:
+            raise Unavailable(f"{self.name} is down")
+        self.probes_total += 1
+        self._begin_pause(self._backoff.next_seconds())
+
+    def _succeeded(self) -> None:
+        if not self.is_up:
+            log.event(f"{self.name} is back")
+            self.is_up = True
+            self._backoff.reset()
+
+    def _failed(self, error: Unavailable) -> None:
+        self.failures_total += 1
+        if self.is_up:
+            log.warning(f"{self.name} is down", reason=error)
+            self.is_up = False
+            self._begin_pause(self._backoff.next_seconds())
+        else:
+            # Once more, from now on: a store that hangs would else be asked without a pause.
+            self._begin_pause(self._pause_seconds)
+
+    def _begin_pause(self, seconds: float) -> None:
+        self._pause_seconds = seconds
+        self._ask_again_at = trio.current_time() + seconds

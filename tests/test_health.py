@@ -1,0 +1,99 @@
+"""Whether a store is worth asking."""
+
+from collections.abc import Awaitable, Callable
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from idalloc_tcp.backoff import FIRST_SECONDS, LONGEST_SECONDS
+from idalloc_tcp.errors import Exhausted, NotOurs, Unavailable
+from idalloc_tcp.health import Health
+
+
+def failing(error: Exception, seconds: float = 0) -> Callable[[], Awaitable[None]]:
+    """A request that fails after so long."""
+
+    async def request() -> None:
+        await trio.sleep(seconds)
+        raise error
+
+    return request
+
+
+async def answering() -> int:
+    """A request that succeeds."""
+    return 7
+
+
+async def is_asked(health: Health) -> bool:
+    """Does a request get through to a store that is down?"""
+    probes = health.probes_total
+    with pytest.raises(Unavailable):
+        await health.ask(failing(Unavailable("no answer")))
+    return health.probes_total > probes
+
+
+async def test_a_store_that_answers_is_asked_every_time() -> None:
+    """Nothing stands between a healthy store and those who ask."""
+    health = Health("the store")
+    assert [await health.ask(answering) for _ in range(9)] == [7] * 9
+    assert (health.is_up, health.probes_total, health.failures_total) == (True, 0, 0)
+
+
+@pytest.mark.parametrize("error", [Exhausted("none left"), NotOurs("the original's")])
+async def test_a_refusal_is_an_answer(error: Exception, autojump_clock: MockClock) -> None:
+    """Who refuses is up, also if he was down before."""
+    health = Health("the store")
+    assert not await is_asked(health)  # It is up, so that was no probe.
+    await trio.sleep(FIRST_SECONDS)
+    with pytest.raises(type(error)):
+        await health.ask(failing(error))
+    assert health.is_up
+    assert health.failures_total == 1
+
+
+async def test_one_probe_gets_through_in_each_pause(autojump_clock: MockClock) -> None:
+    """While one probe is under way, and for a pause after it, all others fail at once."""
+    health = Health("the store")
+    assert not await is_asked(health)
+    assert not await is_asked(health)
+    await trio.sleep(FIRST_SECONDS)
+    assert await is_asked(health)
+    assert not await is_asked(health)
+    await trio.sleep(LONGEST_SECONDS)
+    assert await is_asked(health)
+
+
+async def test_a_store_that_hangs_is_left_alone_after_a_probe(autojump_clock: MockClock) -> None:
+    """The pause begins when the probe has failed, however long that took."""
+    health = Health("the store")
+    for _ in range(9):
+        await trio.sleep(LONGEST_SECONDS)
+        with pytest.raises(Unavailable):
+            await health.ask(failing(Unavailable("no answer"), seconds=5))
+        assert not await is_asked(health)
+
+
+async def test_a_cancelled_probe_is_followed_by_another(autojump_clock: MockClock) -> None:
+    """A probe of which nothing is heard again does not end the probing."""
+    health = Health("the store")
+    assert not await is_asked(health)
+    await trio.sleep(FIRST_SECONDS)
+    with trio.move_on_after(1):
+        await health.ask(trio.sleep_forever)
+    await trio.sleep(LONGEST_SECONDS)
+    assert await is_asked(health)
+
+
+async def test_pauses_start_over_after_an_answer(autojump_clock: MockClock) -> None:
+    """The next outage begins with a short pause again."""
+    health = Health("the store")
+    for _ in range(2):
+        for _ in range(9):
+            await is_asked(health)
+            await trio.sleep(LONGEST_SECONDS)
+        assert await health.ask(answering) == 7
+    assert not await is_asked(health)
+    await trio.sleep(FIRST_SECONDS)
+    assert await is_asked(health)
