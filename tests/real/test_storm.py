@@ -1,0 +1,20 @@
+"""One short storm. A whole one takes a minute: `python -m tests.real.storm`."""
+
+from typing import Final
+
+import pytest
+
+from tests.real.storm.__main__ import storm
+
+SECONDS: Final = 17.0
+
+
+# They know what to do where no such server is installed.
+@pytest.mark.usefixtures("shared_mariadb_server", "redis_server")
+async def test_a_short_storm_leaves_no_damage() -> None:
+    """Under load and fault after fault, nothing repeats, and only darkness refuses anybody."""
+    verdict = await storm(SECONDS, seed=1, is_short=True)
+    print(verdict)
+    assert verdict.is_good, str(verdict)
+    assert verdict.faults == 5
+    assert verdict.ids > 100_000
