@@ -37,6 +37,8 @@ and its name in capitals. A flag overrides the environment, and that the file.""
 _CONFIG: Final = """\
 Print every setting as it would be in effect, and where its value came from. The output is a valid
 file for --config."""
+_INIT_DB: Final = """\
+Make the table tbl_alloc_info in the database of --mysql, if it is missing."""
 _ALLOC: Final = """\
 Take COUNT contiguous IDs of SERVICE and print `<first> <count>`: the IDs first, first+1, ...
 are yours. Retrying after a failure is always safe; it costs at most a gap."""
@@ -48,28 +50,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
-    except SettingsError as error:
-        return _complain(error, MISUSED)
     except IdallocError as error:
-        return _complain(error, FAILED)
+        return _complain(error)
     except BrokenPipeError:
         # The reader of our output left. Nothing more may be flushed into it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except BaseExceptionGroup as group:
-        _, rest = group.split(KeyboardInterrupt)
-        if rest is not None:
-            raise
-        return INTERRUPTED
+        causes = _leaves(group)
+        if any(isinstance(cause, KeyboardInterrupt) for cause in causes):
+            return INTERRUPTED
+        if len(causes) == 1 and isinstance(causes[0], IdallocError):
+            return _complain(causes[0])
+        raise
     except KeyboardInterrupt:
         return INTERRUPTED
     return 0
 
 
-def _complain(error: IdallocError, status: int) -> int:
+def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    """The exceptions in a group and the groups within it."""
+    leaves: list[BaseException] = []
+    for error in group.exceptions:
+        leaves += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+    return leaves
+
+
+def _complain(error: IdallocError) -> int:
     code = "" if error.code == IdallocError.code else f"{error.code}: "
     print(f"idalloc-tcp: {code}{error}", file=sys.stderr)
-    return status
+    return MISUSED if isinstance(error, SettingsError) else FAILED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -81,8 +91,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"idalloc-tcp {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    for name, run, text in (("serve", _serve, _SERVE), ("config", _config, _CONFIG)):
-        summary = "run a server" if name == "serve" else "show the settings"
+    for name, run, summary, text in (
+        ("serve", _serve, "run a server", _SERVE),
+        ("config", _config, "show the settings", _CONFIG),
+        ("init-db", _init_db, "make the table in a MySQL database", _INIT_DB),
+    ):
         command = commands.add_parser(
             name,
             help=summary,
@@ -133,6 +146,13 @@ def _serve(options: argparse.Namespace) -> None:
     from idalloc_tcp import composition  # noqa: PLC0415
 
     composition.serve(_load(options).settings)
+
+
+def _init_db(options: argparse.Namespace) -> None:
+    from idalloc_tcp import composition  # noqa: PLC0415
+
+    trio.run(composition.init_db, _load(options).settings)
+    print("the table tbl_alloc_info is there")
 
 
 def _alloc(options: argparse.Namespace) -> None:

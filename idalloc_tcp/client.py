@@ -1,6 +1,6 @@
 """A client for Trio programs, and for the command line.
 
-    async with await Client.connect(parse_address("127.0.0.1:8642")) as client:
+    async with await Client.connect("127.0.0.1:8642") as client:
         for order_id in await client.alloc("orders", 3):
             ...
 
@@ -18,8 +18,8 @@ from typing import Final, Self, final
 import attrs
 import trio
 
-from idalloc_tcp.address import Address, TcpAddress, UnixAddress
-from idalloc_tcp.errors import BadCount, ConnectionLost, ProtocolViolation
+from idalloc_tcp.address import Address, TcpAddress, UnixAddress, parse_address
+from idalloc_tcp.errors import BadCount, ConnectionLost, ProtocolViolation, Unavailable
 from idalloc_tcp.names import fold_name
 from idalloc_tcp.protocol import Alloc, LineReader, Request, Stats, encode, parse_reply
 
@@ -49,12 +49,17 @@ class Client:
     _is_lost: bool = attrs.field(init=False, default=False)
 
     @classmethod
-    async def connect(cls, address: Address, timeout_seconds: float = TIMEOUT_SECONDS) -> Self:
-        """Connect to a server.
+    async def connect(
+        cls, address: Address | str, timeout_seconds: float = TIMEOUT_SECONDS
+    ) -> Self:
+        """Connect to a server: "127.0.0.1:8642", "[::1]:8642" or "unix:/path".
 
         Raises:
             ConnectionLost: nobody answers there.
+            ValueError: the text is not an address.
         """
+        if isinstance(address, str):
+            address = parse_address(address)
         try:
             with trio.fail_after(timeout_seconds):
                 return cls(await _open(address), timeout_seconds)
@@ -76,6 +81,8 @@ class Client:
         match words := parse_reply(line):
             case ["OK", first, granted] if first.isdigit() and granted == str(count):
                 return range(int(first), int(first) + count)
+            case ["RANDOM", *_]:
+                raise Unavailable("the server has only random IDs to offer")
         raise ProtocolViolation(f"not the reply to an ALLOC: {' '.join(words)[:80]}")
 
     async def stats(self, service: str | None = None) -> dict[str, str]:

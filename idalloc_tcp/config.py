@@ -39,6 +39,9 @@ from idalloc_tcp.kinds import (
     last_ids,
     printable,
     seconds,
+    store_url,
+    switch,
+    text,
     to_toml,
 )
 
@@ -52,6 +55,7 @@ _T = TypeVar("_T")
 #: A flag as it was given: its text, the texts of a repeated one, or the truth of --x, --no-x.
 Flag: TypeAlias = str | Sequence[str] | bool
 LogLevel: TypeAlias = Literal["debug", "info", "warning", "error"]
+Fallback: TypeAlias = Literal["off", "random"]
 LogFormat: TypeAlias = Literal["console", "json"]
 
 
@@ -92,6 +96,7 @@ def _converted(value: object, field: "attrs.Attribute[Any]") -> object:
 
 
 _PLACES: Final = "addresses and files"
+_STORES: Final = "database and Redis"
 _IDS: Final = "IDs"
 _TIMES: Final = "times"
 _BOUNDS: Final = "bounds"
@@ -118,6 +123,73 @@ class Settings:
         file(),
         _PLACES,
         "The SQLite file; if unset, ids.sqlite3 in the user's state directory for idalloc-tcp.",
+    )
+    mysql: str | None = setting(
+        None,
+        store_url("mysql"),
+        _STORES,
+        "The database that holds the IDs instead of the SQLite file.",
+    )
+    redis: str | None = setting(
+        None,
+        store_url("redis", "rediss", "unix"),
+        _STORES,
+        "The Redis that cuts the database's leases into segments for all servers.",
+    )
+    create_table: bool = setting(
+        False,
+        switch(),
+        _STORES,
+        "Make the database's table at the start if it is missing, as init-db does.",
+    )
+    take_over: bool = setting(
+        False,
+        switch(),
+        _STORES,
+        "Make rows and hashes of the original idalloc ours; only once no such server runs.",
+    )
+    redis_key_prefix: str = setting(
+        "idalloc:",
+        text(200),
+        _STORES,
+        "What every key in Redis begins with.",
+    )
+    lease_segments: int = setting(
+        100,
+        integer(1, 1_000_000),
+        _STORES,
+        "How many segments the database leases to Redis at once.",
+    )
+    write_db_every_n_versions: int = setting(
+        10,
+        integer(1, 1_000_000),
+        _STORES,
+        "After how many segments of a service the lease ahead of Redis is looked after.",
+    )
+    recover_redis_every_n_versions: int = setting(
+        100,
+        integer(1, 1_000_000),
+        _STORES,
+        "After how many segments of a service its row and its hash are compared.",
+    )
+    sync_queue_size: int = setting(
+        10_000,
+        integer(1, 1_000_000),
+        _STORES,
+        "How many of these tasks may wait; further ones are dropped and counted.",
+    )
+    sync_workers: int = setting(
+        10,
+        integer(1, 1_000),
+        _STORES,
+        "How many of these tasks run at once.",
+    )
+    fallback: Fallback = setting(
+        "off",
+        choice(get_args(Fallback)),
+        _STORES,
+        "What a request gets when no store answers and the pool is empty: an error (off), "
+        "or a range from the upper half under the reply word RANDOM (random).",
     )
     max_count: int = setting(
         1_000_000, integer(1, 10_000_000), _IDS, "The largest count of one ALLOC, in IDs."
@@ -187,7 +259,7 @@ class Settings:
         "How long busy connections may go on after a clean stop has begun, in seconds.",
     )
     max_connections: int = setting(
-        20_000, integer(1, 1_000_000), _BOUNDS, "How many connections may be open at once."
+        16_384, integer(1, 1_000_000), _BOUNDS, "How many connections may be open at once."
     )
     max_services: int = setting(
         100_000,
@@ -206,8 +278,19 @@ class Settings:
     )
 
     def __attrs_post_init__(self) -> None:
+        if self.redis is not None and self.mysql is None:
+            raise SettingsError("redis: expected mysql beside it, which makes its IDs safe")
         for problem in _contradictions(attrs.asdict(self, recurse=False), {}):
             raise SettingsError(problem)
+
+    def shown(self, *names: str) -> dict[str, str]:
+        """Those of these settings that are set, as people may see them: without passwords."""
+        values = {name: getattr(self, name) for name in names}
+        return {
+            name: str(_rules()[name].kind.shown(value))
+            for name, value in values.items()
+            if value is not None
+        }
 
     def addresses(self) -> list[Address]:
         """Where to listen, parsed."""
@@ -403,10 +486,17 @@ def given_flags(arguments: argparse.Namespace) -> dict[str, Flag]:
 
 
 def render(loaded: Loaded) -> str:
-    """A TOML file that gives these settings again, with the source of each as a comment."""
+    """A TOML file that gives these settings again, with the source of each as a comment.
+
+    But for passwords: those are hidden.
+    """
     lines = []
     for name, value in attrs.asdict(loaded.settings, recurse=False).items():
-        line = f"# {name} is unset" if value is None else f"{name} = {to_toml(value)}"
+        shown = None if value is None else to_toml(_rules()[name].kind.shown(value))
+        if name == "data" and value is None:
+            line = f"# data = {to_toml(loaded.settings.data_path())}"
+        else:
+            line = f"# {name} is unset" if shown is None else f"{name} = {shown}"
         lines.append(f"{line}  # {loaded.sources[name]}\n")
     return "".join(lines)
 

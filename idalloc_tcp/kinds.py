@@ -1,8 +1,10 @@
 """Kinds of values that a setting may have: how each is read, checked, written and shown."""
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Final, Generic, TypeVar, cast, final
+from typing import Any, Final, Generic, TypeVar, cast, final
+from urllib.parse import urlsplit
 
 import attrs
 
@@ -15,12 +17,19 @@ YEAR_SECONDS: Final = 31_536_000.0
 #: How much of a name or a value a message repeats.
 SHOWN_CHARS_MAX: Final = 60
 
+#: In a URL: up to the last @, for it may hold what should have been escaped in it.
+_PASSWORD: Final = re.compile(r"(?<=://)([^:@/]*:).*(?=@)|([?&]password=)[^&]*")
+
 _T = TypeVar("_T")
 _T_co = TypeVar("_T_co", covariant=True)
 
 
 class Unfit(Exception):
     """A value is not what its setting takes. The text says what was found."""
+
+
+def _as_it_is(value: object) -> object:
+    return value
 
 
 @final
@@ -34,6 +43,7 @@ class Kind(Generic[_T_co]):
         read: turns a TOML value into the setting's. Reading its own result changes nothing.
         from_text: turns the text of a variable or a flag into a TOML value, or raises ValueError.
         repeatable: the flag may be given several times; in one text, commas part the values.
+        shown: the value as people may see it.
     """
 
     expected: str
@@ -41,6 +51,7 @@ class Kind(Generic[_T_co]):
     read: Callable[[object], _T_co]
     from_text: Callable[[str], object] = str
     repeatable: bool = False
+    shown: Callable[[Any], object] = _as_it_is
 
     def parse(self, text: str) -> _T_co:
         """The value that the text of a variable or a flag stands for."""
@@ -97,6 +108,36 @@ def choice(words: tuple[_T, ...]) -> Kind[_T]:
         return value
 
     return Kind(f"one of {', '.join(map(str, words))}", "|".join(map(str, words)), read)
+
+
+def text(chars_max: int) -> Kind[str]:
+    """Any printable text."""
+
+    def read(value: object) -> str:
+        if not isinstance(value, str) or len(value) > chars_max or not value.isprintable():
+            raise Unfit(shown(value))
+        return value
+
+    return Kind(f"at most {chars_max} printable characters", "TEXT", read)
+
+
+def store_url(*schemes: str) -> Kind[str]:
+    """The URL of a store. Messages never repeat it, and only its password is hidden elsewhere."""
+    forms = " or ".join(f"{scheme}://" for scheme in schemes)
+
+    def read(value: object) -> str:
+        try:
+            parts = urlsplit(value) if isinstance(value, str) else None
+        except ValueError:  # Its text may quote the password.
+            parts = None
+        if parts is None or parts.scheme not in schemes or not (parts.hostname or parts.path):
+            raise Unfit("something else (not shown: it may hold a password)")
+        return cast(str, value)
+
+    def hide(url: str) -> str:
+        return _PASSWORD.sub(lambda found: f"{found[1] or found[2]}***", url)
+
+    return Kind(f"a URL that begins with {forms}", "URL", read, shown=hide)
 
 
 def file() -> Kind[Path]:

@@ -262,6 +262,11 @@ def ok(*fields: object) -> bytes:
     return " ".join(("OK", *map(str, fields))).encode("ascii")
 
 
+def random(first: int, request: Alloc) -> bytes:
+    """The reply to an ALLOC that got a random range, without its end."""
+    return b"RANDOM" + ok(first, request.count, *filter(None, [request.trace])).removeprefix(b"OK")
+
+
 def err(error: IdallocError) -> bytes:
     """The `ERR` line for an error, without its end: one line of printable ASCII.
 

@@ -6,9 +6,10 @@ no new connections, then each connection answers what has arrived and closes (th
 once, the busy ones within `drain_seconds`), then the allocator gives back what was not served.
 """
 
+import math
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Final, final
@@ -23,10 +24,12 @@ from idalloc_tcp.errors import Busy
 from idalloc_tcp.listeners import remove_unix_sockets
 from idalloc_tcp.metrics import Metrics, Row
 from idalloc_tcp.protocol import RequestParser, err
-from idalloc_tcp.session import Session
+from idalloc_tcp.session import Fallback, Session, no_fallback
 
 #: A stop by these is a clean one; a second one ends the process at once.
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+#: Wrappers pass a signal on that the process group has got as well: so close, two are one.
+ECHO_SECONDS: Final = 0.25
 
 
 @final
@@ -34,7 +37,7 @@ STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 class ServerLimits:
     """The bounds of a server."""
 
-    max_connections: int = 20_000
+    max_connections: int = 16_384
     max_count: int = 1_000_000
     #: How long busy connections get on a clean stop.
     drain_seconds: float = 2.5
@@ -49,6 +52,8 @@ class Server:
     _allocator: Allocator
     _limits: ServerLimits
     _metrics: Metrics
+    _store_rows: Callable[[], Iterable[Row]] = tuple
+    _fallback: Fallback = no_fallback
     _parser: RequestParser = attrs.field(init=False)
     _connections: set[Connection] = attrs.field(init=False, factory=set)
     _stopping: trio.Event = attrs.field(init=False, factory=trio.Event)
@@ -91,7 +96,9 @@ class Server:
         if len(self._connections) >= self._limits.max_connections:
             await self._turn_away(stream)
             return
-        session = Session(self._parser, self._allocator.take, self.rows, self._metrics)
+        session = Session(
+            self._parser, self._allocator.take, self.rows, self._metrics, self._fallback
+        )
         connection = Connection(stream, session, self._allocator.wait, self._limits.connection)
         self._connections.add(connection)
         self._metrics.connections_total += 1
@@ -112,6 +119,7 @@ class Server:
         yield "version", __version__
         yield "uptime_seconds", round(time.monotonic() - self._started_at)
         yield "draining", int(self._stopping.is_set())
+        yield from self._store_rows()
         yield from self._allocator.rows()
         yield from self._metrics.rows()
 
@@ -141,8 +149,12 @@ async def stop_on_signals(
     """
     with trio.open_signal_receiver(*STOP_SIGNALS) as signals:
         task_status.started()
+        stopping_since = -math.inf
         async for number in signals:
             if server.is_stopping:
+                if trio.current_time() - stopping_since < ECHO_SECONDS:
+                    continue
                 raise KeyboardInterrupt
+            stopping_since = trio.current_time()
             log.event("stopping", signal=signal.Signals(number).name)
             server.stop()

@@ -22,7 +22,7 @@ from typing import Final, final
 
 import attrs
 
-from idalloc_tcp.errors import BadSyntax, Denied, Draining, IdallocError
+from idalloc_tcp.errors import BadSyntax, Denied, Draining, IdallocError, Unavailable
 from idalloc_tcp.metrics import Metrics, Row
 from idalloc_tcp.protocol import (
     HELP_LINES,
@@ -42,6 +42,7 @@ from idalloc_tcp.protocol import (
     err,
     looks_like_http,
     ok,
+    random,
     stat,
 )
 
@@ -50,8 +51,15 @@ REPLY_BYTES_GOAL: Final = 65_536
 
 #: The first of `count` IDs of a service, or None: not without waiting. Raises IdallocError.
 Take = Callable[[str, int], int | None]
+#: The first of `count` IDs that stand in for a service's when no store answers, or None.
+Fallback = Callable[[str, int], int | None]
 #: The measured values of the server (None) or of one service.
 Report = Callable[[str | None], Iterable[Row]]
+
+
+def no_fallback(_service: str, _count: int) -> int | None:
+    """An error it is."""
+    return None
 
 
 def _refuse_draining(_service: str, _count: int) -> int | None:
@@ -68,12 +76,14 @@ class Session:
         take: where IDs come from.
         report: what STATS answers.
         metrics: counts requests, IDs and errors.
+        fallback: what stands in for IDs that are unavailable.
     """
 
     _parser: RequestParser
     _take: Take
     _report: Report
     _metrics: Metrics
+    _fallback: Fallback = no_fallback
     #: The ALLOC that must wait for its IDs. Nothing after it is answered before.
     waiting: Alloc | None = attrs.field(init=False, default=None)
     #: Close once the replies are sent; whatever else the client sent is not executed.
@@ -138,8 +148,8 @@ class Session:
 
     def reject(self, error: IdallocError) -> None:
         """The IDs that `waiting` asked for are not to be had."""
-        self._stop_waiting()
-        self._settled = self._refuse(error) + ending_of(self._waiting_line)
+        request = self._stop_waiting()
+        self._settled = self._refuse_alloc(request, error) + ending_of(self._waiting_line)
 
     def abort(self, error: IdallocError) -> bytes:
         """Give up on this client: what to send it last."""
@@ -159,17 +169,30 @@ class Session:
         try:
             request = self._parser.parse(line)
             if type(request) is Alloc:
-                first = self._take(request.service, request.count)
-                if first is None:
-                    self.waiting, self._waiting_line = request, line
-                    self._metrics.waits_total += 1
-                    return b""
-                reply = self._serve(request, first)
-            else:
-                reply = ending_of(line).join(self._dispatch(request))
+                return self._answer_alloc(request, line)
+            reply = ending_of(line).join(self._dispatch(request))
         except IdallocError as error:
             reply = self._refuse(self._guard_http(line, error))
         return reply + ending_of(line)
+
+    def _answer_alloc(self, request: Alloc, line: bytes) -> bytes:
+        try:
+            first = self._take(request.service, request.count)
+        except IdallocError as error:
+            return self._refuse_alloc(request, error) + ending_of(line)
+        if first is None:
+            self.waiting, self._waiting_line = request, line
+            self._metrics.waits_total += 1
+            return b""
+        return self._serve(request, first) + ending_of(line)
+
+    def _refuse_alloc(self, request: Alloc, error: IdallocError) -> bytes:
+        if isinstance(error, Unavailable):
+            first = self._fallback(request.service, request.count)
+            if first is not None:
+                self._metrics.random_total += 1
+                return random(first, request)
+        return self._refuse(error)
 
     def _serve(self, request: Alloc, first: int) -> bytes:
         self._metrics.ids_total += request.count

@@ -1,0 +1,1 @@
+"""The tests; each module mirrors the module it tests."""

@@ -8,6 +8,7 @@ Prints resident memory, and how long an honest client waited, after each. Exits 
 died, grew beyond `GROWTH_MIB_MAX`, gave IDs to junk or let the honest client wait.
 """
 
+import argparse
 import contextlib
 import random
 import resource
@@ -124,6 +125,9 @@ def abuse(show: Callable[[str], None] = print) -> None:
 
 def main() -> int:
     """The command line."""
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     try:
         abuse()
     except AssertionError as error:

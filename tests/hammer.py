@@ -52,7 +52,7 @@ class Taken:
 @final
 @attrs.frozen
 class Verdict:
-    """What all clients together got."""
+    """What all clients together got. Gaps are expected: what a server held when it was ended."""
 
     ids: int
     requests: int
@@ -185,11 +185,13 @@ def _crash(server: ServerProcess, data: Path) -> ServerProcess:
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--servers", type=int, default=2)
-    parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--ids", type=int, default=100_000, help="how many each client takes")
+    parser.add_argument("--servers", type=int, default=2, help="on one data file")
+    parser.add_argument("--clients", type=int, default=8, help="each a process")
+    parser.add_argument(
+        "--ids", type=int, default=100_000, help="each client takes at least so many"
+    )
     parser.add_argument("--kills", type=int, default=0, help="kill -9 and restart so many times")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=1, help="of the counts and crashes")
     verdict = hammer(**vars(parser.parse_args()))
     for name, value in attrs.asdict(verdict).items():
         print(f"{name:17} {value:,.1f}" if name == "seconds" else f"{name:17} {value:,}")

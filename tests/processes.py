@@ -48,7 +48,11 @@ class ServerProcess:
         command = [sys.executable, "-m", "idalloc_tcp", "serve"]
         command += ["--data", str(data), "--listen", listen, *flags]
         process = subprocess.Popen(
-            command, stderr=subprocess.PIPE, env={**os.environ, **(environ or {})}
+            command,
+            stderr=subprocess.PIPE,
+            # Unbuffered: a line that waits in a buffer of ours is nothing to select.
+            bufsize=0,
+            env={**os.environ, **(environ or {})},
         )
         server = cls(process, [], [])
         try:

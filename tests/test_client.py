@@ -246,7 +246,6 @@ async def test_an_error_reply_raises_the_class_of_its_code(code: str) -> None:
         b"OK -5 1",
         b"OK  1",
         b"ok 1 1",
-        b"RANDOM 7 1",
         b"HTTP/1.1 400 Bad Request\r",
         b"STAT version 1",
         b"\xff\xfe\x00",
@@ -394,3 +393,14 @@ async def test_a_request_that_is_cancelled_before_its_turn_harms_nobody(
             await server.say(reply)
         await trio.testing.wait_all_tasks_blocked()
         assert taken == [range(1, 2), range(2, 3)]
+
+
+@pytest.mark.parametrize("reply", [b"RANDOM 4611686018427387904 1", b"RANDOM 7 1 @t", b"RANDOM"])
+async def test_a_random_range_is_no_range_of_ids(reply: bytes) -> None:
+    """The client never takes one by mistake; the connection goes on."""
+    async with puppet() as (client, server):
+        await server.say(reply + b"\n")
+        with pytest.raises(Unavailable, match="only random IDs"):
+            await client.alloc("orders")
+        await server.say(b"OK 5 1\n")
+        assert await client.alloc("orders") == range(5, 6)

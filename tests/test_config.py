@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from idalloc_tcp import config, kinds
 from idalloc_tcp.address import TcpAddress, UnixAddress
-from idalloc_tcp.config import Flag, Loaded, LogFormat, LogLevel, Settings, load, setting
+from idalloc_tcp.config import Fallback, Flag, Loaded, LogFormat, LogLevel, Settings, load, setting
 from idalloc_tcp.errors import SettingsError
 from idalloc_tcp.pool import MAX_ID
 
@@ -210,6 +210,14 @@ CEILINGS: Final = f"expected service names, each with an integer from 1 to {MAX_
         ("ceilings = {a.b = 1}", f'{CEILINGS} "a" = a table'),
         ("ceilings = {'a b' = 1}", '"a b" = 1: a name is 1 to 64 of the characters'),
         ("ceilings = {a = 1, A = 1}", "found a service that is named twice"),
+        ("lease_segments = 0", "an integer from 1 to 1_000_000, found 0"),
+        ("sync_workers = 1001", "an integer from 1 to 1_000, found 1_001"),
+        ("create_table = 1", "expected true or false, found 1"),
+        ('fallback = "on"', 'expected one of off, random, found "on"'),
+        ("redis_key_prefix = 7", "expected at most 200 printable characters, found 7"),
+        ('redis_key_prefix = "a\\u0007"', "printable characters, found"),
+        ('redis_key_prefix = "' + "x" * 201 + '"', f'found "{"x" * 60}…"'),
+        ("mysql = 7", "a URL that begins with mysql://, found something else (not shown"),
         ('log_level = "loud"', 'expected one of debug, info, warning, error, found "loud"'),
         ("log_level = []", "expected one of debug, info, warning, error, found an array"),
     ],
@@ -419,7 +427,10 @@ def test_every_setting_has_a_flag() -> None:
     shown = " ".join(parser.format_help().split())
     for row in config.describe():
         flag = f"--{row.name.replace('_', '-')}"
-        assert parse(flag, "-1") in ({row.name: "-1"}, {row.name: ["-1"]})
+        if row.type == "true or false":
+            assert parse(flag) == {row.name: True}
+        else:
+            assert parse(flag, "-1") in ({row.name: "-1"}, {row.name: ["-1"]})
         assert flag in shown
         assert row.help.split()[-1] in shown
     assert "Default: 10_000." in shown
@@ -492,9 +503,26 @@ ADDRESSES: Final = st.one_of(
     st.builds("[{}]:1".format, st.ip_addresses(v=6)),
     PATH_TEXTS.map("unix:/{}".format),
 )
+STORES: Final[st.SearchStrategy[dict[str, Any]]] = st.sampled_from(
+    [
+        {},
+        {"mysql": "mysql://u@db.example/ids"},
+        {"mysql": "mysql://u@[::1]:3307/ids?ssl=on", "redis": "redis://cache.example/0"},
+        {"mysql": "mysql://db/ids", "redis": "unix:///run/redis.sock"},
+    ]
+)
 VALUES: Final = st.fixed_dictionaries(
     {},
     optional={
+        "create_table": st.booleans(),
+        "take_over": st.booleans(),
+        "redis_key_prefix": st.sampled_from(["", "idalloc:", 'a "b" \\', "{tag}é:"]),
+        "lease_segments": integers(1_000_000),
+        "write_db_every_n_versions": integers(1_000_000),
+        "recover_redis_every_n_versions": integers(1_000_000),
+        "sync_queue_size": integers(1_000_000),
+        "sync_workers": integers(1_000),
+        "fallback": st.sampled_from(get_args(Fallback)),
         "listen": st.lists(ADDRESSES, min_size=1).map(tuple),
         "data": PATH_TEXTS.map(lambda text: Path(f"/{text}")),
         "max_count": integers(10_000_000),
@@ -518,18 +546,18 @@ VALUES: Final = st.fixed_dictionaries(
 
 
 @settings(deadline=None)
-@given(VALUES)
+@given(VALUES, STORES)
 def test_what_is_shown_gives_the_same_settings(
-    tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any]
+    tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any], stores: dict[str, Any]
 ) -> None:
     """`idalloc-tcp config` writes a file that gives the very settings that it shows."""
-    given_settings = Settings(**values)
+    given_settings = Settings(**values, **stores)
     path = tmp_path_factory.getbasetemp() / "shown.toml"
     sources = dict.fromkeys(NAMES, "somewhere")
     path.write_text(config.render(Loaded(given_settings, sources)), encoding="utf-8")
     loaded = load({}, path, {})
     assert loaded.settings == given_settings
-    unset = {"data"} if given_settings.data is None else set()
+    unset = {name for name in NAMES if getattr(given_settings, name) is None}
     assert {name for name, text in loaded.sources.items() if text == "default"} == unset
 
 
@@ -538,9 +566,9 @@ def test_every_strategy_is_there() -> None:
     drawn: set[str] = set()
 
     @settings(deadline=None, database=None)
-    @given(VALUES)
-    def draw(values: dict[str, Any]) -> None:
-        drawn.update(values)
+    @given(VALUES, STORES)
+    def draw(values: dict[str, Any], stores: dict[str, Any]) -> None:
+        drawn.update(values, stores)
 
     draw()
     assert drawn == set(NAMES)
@@ -556,7 +584,7 @@ def test_how_settings_are_shown(tmp_path: Path) -> None:
     assert len(lines) == len(NAMES)
     assert lines[:2] == [
         f'listen = ["localhost:1", "unix:/a b"]  # file {path}',
-        "# data is unset  # default",
+        f'# data = "{Settings().data_path()}"  # default',
     ]
     for line in (
         "max_count = 1_000_000  # default",
@@ -603,3 +631,86 @@ def test_importing_the_settings_is_cheap() -> None:
         timeout=30,
     )
     assert not {"difflib", "platformdirs", "cattrs", "pydantic"} & set(done.stdout.split())
+
+
+# Stores and their passwords
+
+PASSWORD: Final = "s3cret"
+
+
+@pytest.mark.parametrize(
+    ("name", "url"),
+    [
+        ("mysql", "mysql://h/ids"),
+        ("mysql", "mysql://u:p@h:3307/ids?ssl=verify"),
+        ("redis", "redis://h"),
+        ("redis", "rediss://u:p@h:6380/3"),
+        ("redis", "unix:///run/redis.sock?db=2"),
+        ("redis", "unix://u:p@/run/redis.sock"),
+    ],
+)
+def test_the_urls_of_stores(name: str, url: str) -> None:
+    """A URL is taken as it is, from every source."""
+    mysql: dict[str, Flag] = {"mysql": "mysql://h/ids"} if name == "redis" else {}
+    for loaded in (
+        load({**mysql, name: url}, None, {}),
+        load(mysql, None, {f"IDALLOC_TCP_{name.upper()}": url}),
+    ):
+        assert getattr(loaded.settings, name) == url
+
+
+@pytest.mark.parametrize(
+    ("name", "url"),
+    [
+        ("mysql", f"postgres://u:{PASSWORD}@h/ids"),
+        ("mysql", f"redis://u:{PASSWORD}@h"),
+        ("mysql", f"u:{PASSWORD}@h/ids"),
+        ("mysql", "mysql://"),
+        ("mysql", f"mysql://u:{PASSWORD}@[::1/ids"),
+        ("redis", f"mysql://u:{PASSWORD}@h/ids"),
+        ("redis", f"http://:{PASSWORD}@h"),
+        ("redis", PASSWORD),
+        ("redis", ""),
+    ],
+)
+def test_the_url_of_something_else_is_refused_unseen(name: str, url: str) -> None:
+    """The message says what was expected, and nothing of what was found: it may be a password."""
+    forms = "mysql://" if name == "mysql" else "redis:// or rediss:// or unix://"
+    variable = f"IDALLOC_TCP_{name.upper()}"
+    assert refusal(environ={variable: url}) == (
+        f"{name} (environment {variable}): expected a URL that begins with {forms}, "
+        "found something else (not shown: it may hold a password)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("mysql://h/ids", "mysql://h/ids"),
+        ("mysql://u@h/ids", "mysql://u@h/ids"),
+        (f"mysql://u:{PASSWORD}@h:1/ids?ssl=on", "mysql://u:***@h:1/ids?ssl=on"),
+        (f"mysql://u:{PASSWORD}%40@[::1]:1/ids", "mysql://u:***@[::1]:1/ids"),
+        (f"mysql://u:a@{PASSWORD}@h/ids", "mysql://u:***@h/ids"),
+        (f"mysql://:{PASSWORD}@h/ids", "mysql://:***@h/ids"),
+        ("mysql://u:@h/ids", "mysql://u:***@h/ids"),
+        (f"mysql://u:a/{PASSWORD}?#@h/ids", "mysql://u:***@h/ids"),
+        (f"mysql://h/ids?password={PASSWORD}&ssl=on", "mysql://h/ids?password=***&ssl=on"),
+    ],
+)
+def test_a_password_is_never_shown(url: str, shown: str) -> None:
+    """Neither in the table of settings, nor in what the log says, nor in the help."""
+    loaded = load({"mysql": url}, None, {})
+    assert f'mysql = "{shown}"  # flag --mysql\n' in config.render(loaded)
+    assert loaded.settings.shown("mysql", "redis", "data") == {"mysql": shown}
+    contradiction = refusal({"mysql": url, "segment_size_max": "1"})
+    for text in (config.render(loaded), contradiction):
+        assert PASSWORD not in text
+
+
+def test_a_redis_needs_a_database_beneath(tmp_path: Path) -> None:
+    """What a Redis gives away is safe only if a database committed it first."""
+    url = f"redis://:{PASSWORD}@h"
+    message = "redis: expected mysql beside it, which makes its IDs safe"
+    assert refusal({"redis": url}) == message
+    assert refused_file(tmp_path, f'redis = "{url}"') == message
+    assert load({"redis": url, "mysql": "mysql://h/ids"}, None, {}).settings.redis == url

@@ -16,6 +16,7 @@ from typing import Final
 
 import pytest
 
+from idalloc_tcp.server import ECHO_SECONDS
 from tests.abuse import abuse
 from tests.hammer import hammer
 from tests.processes import ServerProcess
@@ -161,6 +162,7 @@ def test_a_second_signal_does_not_wait(data: Path) -> None:
         while not any(" info draining " in line for line in server.lines):
             assert server.process.poll() is None
             time.sleep(0.01)
+        time.sleep(2 * ECHO_SECONDS)
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(5) == 130
 
@@ -296,7 +298,11 @@ def test_the_default_file_lies_where_state_belongs(tmp_path: Path) -> None:
     with server:
         try:
             assert server.stderr is not None
-            assert str(tmp_path / "idalloc-tcp" / "ids.sqlite3") in server.stderr.readline()
+            path = str(tmp_path / "idalloc-tcp" / "ids.sqlite3")
+            warning, serving = server.stderr.readline(), server.stderr.readline()
+            assert f"warning a new data file: every service begins at 1 data={path}" in warning
+            assert " info serving " in serving
+            assert f" data={path} " in serving
             server.send_signal(signal.SIGTERM)
             assert server.wait(10) == 0
         finally:

@@ -1,6 +1,7 @@
 """What may import what: the package is layered, and most of it does no I/O."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,17 +15,18 @@ ROOT: Final = Path(idalloc_tcp.__file__).parent
 #: Every module and sub-package, in the only direction in which imports may point: to the left.
 ORDER: Final = (
     *("errors", "names", "address", "kinds", "config", "metrics", "log", "protocol", "session"),
-    *("pool", "sizing", "backoff", "ledger", "reservation", "service", "allocator"),
+    *("pool", "sizing", "recent", "backoff", "health", "bridge", "ledger", "counter"),
+    *("reservation", "sync", "fallback", "service", "allocator", "stores"),
     *("connection", "listeners", "server", "client", "composition", "cli", "__main__"),
 )
 #: What talks and what allocates know nothing of each other; `server` puts them together.
 TALKING: Final = frozenset({"protocol", "session"})
-ALLOCATING: Final = frozenset(ORDER[ORDER.index("pool") : ORDER.index("connection")])
+ALLOCATING: Final = frozenset(ORDER[ORDER.index("pool") : ORDER.index("stores")])
 
 #: What must be usable, and testable, without an event loop or a store.
 PURE: Final = (
     *("errors", "names", "address", "kinds", "config", "metrics", "log", "protocol", "session"),
-    *("pool", "sizing", "backoff"),
+    *("pool", "sizing", "recent", "backoff", "fallback"),
 )
 IMPURE_PACKAGES: Final = frozenset({"trio", "trio_asyncio", "asyncio", "redis", "asyncmy"})
 
@@ -95,3 +97,49 @@ def test_the_pure_modules_load_no_event_loop_and_no_driver() -> None:
     loaded = {name.partition(".")[0] for name in done.stdout.split()}
     assert ROOT.name in loaded
     assert not loaded & IMPURE_PACKAGES
+
+
+def test_the_embedded_server_loads_no_driver() -> None:
+    """A server on its SQLite file brings neither a driver nor the bridge that drivers need."""
+    program = """
+import sys, tempfile, trio
+from pathlib import Path
+from idalloc_tcp import cli, composition
+from idalloc_tcp.config import Settings
+from idalloc_tcp.metrics import Metrics
+from idalloc_tcp.stores import open_stores
+
+async def main(folder):
+    async with open_stores(Settings(data=Path(folder, "ids")), Metrics()) as stores:
+        await stores.source.reserve("orders", 10)
+
+with tempfile.TemporaryDirectory() as folder:
+    trio.run(main, folder)
+print(*sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT.parent,
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    loaded = set(done.stdout.split())
+    assert {"trio", "sqlite3"} <= loaded
+    assert not loaded & (IMPURE_PACKAGES - {"trio"} | {f"{ROOT.name}.bridge"})
+
+
+def test_the_safety_argument_names_every_rule() -> None:
+    """Whoever asks why IDs are unique finds all eight rules in one place, by their names."""
+    text = ast.get_docstring(ast.parse((ROOT / "reservation.py").read_text())) or ""
+    assert re.findall(r"^(\d)\. \*(.+?)\.?\*", text, re.M) == [
+        ("1", "Lead"),
+        ("2", "Fence"),
+        ("3", "Seat anew"),
+        ("4", "At most once"),
+        ("5", "Extend by compare-and-set"),
+        ("6", "Floor"),
+        ("7", "Never backwards"),
+        ("8", "Give back, or leave a gap"),
+    ]

@@ -416,3 +416,13 @@ def test_what_does_not_look_like_http(line: bytes) -> None:
 def test_no_request_looks_like_http(request: Request) -> None:
     """Nothing that can be served is ever taken for HTTP."""
     assert not looks_like_http(encode(request).removesuffix(b"\n"))
+
+
+def test_the_reply_with_a_random_range() -> None:
+    """It reads as the one with IDs, but for its word, and is never longer than a line."""
+    assert protocol.random(2**62, Alloc("a", 7)) == b"RANDOM 4611686018427387904 7"
+    trace = "@" + "t" * TRACE_CHARS_MAX
+    reply = protocol.random(2**63 - 1, Alloc("a", MAX_COUNT, trace))
+    assert reply == b"RANDOM 9223372036854775807 1000000 " + trace.encode()
+    assert len(reply) < LINE_BYTES_MAX
+    assert protocol.parse_reply(reply)[0] == "RANDOM"

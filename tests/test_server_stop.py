@@ -13,7 +13,7 @@ import trio.testing
 from idalloc_tcp.address import Address, UnixAddress
 from idalloc_tcp.allocator import AllocatorPolicy
 from idalloc_tcp.connection import QUIET_SECONDS
-from idalloc_tcp.server import ServerLimits, stop_on_signals
+from idalloc_tcp.server import ECHO_SECONDS, ServerLimits, stop_on_signals
 from tests.fakes import FakeLedger
 from tests.serving import (
     ADDRESS_KINDS,
@@ -202,6 +202,7 @@ async def test_the_second_stop_signal_gives_up() -> None:
             await nursery.start(stop_on_signals, running.server)
             signal.raise_signal(signal.SIGTERM)
             await until(lambda: running.server.is_stopping)
+            await trio.sleep(2 * ECHO_SECONDS)
             signal.raise_signal(signal.SIGINT)
             with trio.fail_after(PATIENCE_SECONDS):
                 await trio.sleep_forever()

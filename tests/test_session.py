@@ -343,3 +343,70 @@ def test_the_bound_counts_a_settled_reply() -> None:
     replies = lane.session.advance()
     assert replies.startswith(b"OK 1 1 @a-long-trace\nOK PONG\n")
     assert REPLY_BYTES_GOAL <= len(replies) < REPLY_BYTES_GOAL + len(b"OK PONG\n")
+
+
+# A random range in place of an error
+
+
+def fallen_back(error: IdallocError, *pieces: bytes) -> tuple[bytes, Metrics]:
+    """What a session with a fallback says where the store refuses, and what it counts."""
+
+    def refuse(_service: str, _count: int) -> int | None:
+        raise error
+
+    def fall_back(service: str, count: int) -> int | None:
+        return None if service == "short" else 2**62 + count
+
+    metrics = Metrics()
+    session = Session(RequestParser(MAX_COUNT), refuse, report, metrics, fall_back)
+    for piece in pieces:
+        session.receive(piece)
+    return session.advance(), metrics
+
+
+def test_a_random_range_has_a_word_of_its_own() -> None:
+    """The reply says RANDOM, not OK, with the first ID, the count and the trace as they were."""
+    replies, metrics = fallen_back(
+        Unavailable("down"), b"ALLOC a 3\nALLOC a\r\nALLOC a 2 @t.1\nPING\n"
+    )
+    base = 2**62
+    assert replies == (
+        b"RANDOM %d 3\nRANDOM %d 1\r\nRANDOM %d 2 @t.1\nOK PONG\n" % (base + 3, base + 1, base + 2)
+    )
+    assert metrics.random_total == 3
+    assert metrics.ids_total == 0
+    assert not metrics.errors_total
+
+
+def test_what_has_no_fallback_gets_its_error() -> None:
+    """Where nothing may stand in the error stays what it was."""
+    replies, metrics = fallen_back(Unavailable("down"), b"ALLOC short 3\n")
+    assert replies == b"ERR unavailable down\n"
+    assert (metrics.random_total, metrics.errors_total) == (0, {"unavailable": 1})
+
+
+@pytest.mark.parametrize("cls", [cls for cls in BY_CODE.values() if cls is not Unavailable])
+def test_only_what_is_unavailable_is_replaced(cls: type[IdallocError]) -> None:
+    """An exhausted, busy or draining service is no reason for a random range."""
+    replies, metrics = fallen_back(cls("sorry"), b"ALLOC a\n")
+    assert replies == f"ERR {cls.code} sorry\n".encode()
+    assert metrics.random_total == 0
+
+
+def test_a_wrong_request_gets_no_random_range() -> None:
+    """What cannot be read is refused before anybody asks a store."""
+    replies, _ = fallen_back(Unavailable("down"), b"ALLOC a 0\nALLOC\n")
+    assert [reply[:8] for reply in replies.splitlines()] == [b"ERR badc", b"ERR synt"]
+
+
+def test_a_request_that_waited_may_get_a_random_range() -> None:
+    """One that waited in vain is answered like one that did not; only `unavailable` counts."""
+    lane = Lane()
+    lane.session._fallback = lambda _service, count: 2**62 + count
+    lane.session.receive(b"ALLOC slow 5 @t\r\nALLOC slow\nPING\n")
+    lane.session.advance()
+    lane.session.reject(Unavailable("down"))
+    assert lane.session.advance() == b"RANDOM %d 5 @t\r\n" % (2**62 + 5)
+    lane.session.reject(Busy("no IDs came"))
+    assert lane.session.advance() == b"ERR busy no IDs came\nOK PONG\n"
+    assert lane.metrics.random_total == 1
