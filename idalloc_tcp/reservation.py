@@ -252,10 +252,13 @@ class CounterReservation:
             return False, None
         if not await self._direct.ask(partial(self._ledger.extend, service, old_end, new_end)):
             return False, None
-        self._direct.remember(service, new_end)
         added = Segment(old_end + 1, new_end + 1)
         grow = partial(self._counter.extend, service, old_end, new_end)
-        is_grown = await self._ask_at_once(grow, added)
+        try:
+            is_grown = await self._ask_at_once(grow, added)
+        finally:
+            # Not before: a cut meanwhile would find its counter passed, and leave its lease.
+            self._direct.remember(service, new_end)
         return True, None if is_grown else added
 
     async def _from_original(self, service: str, size: int) -> Segment | None:

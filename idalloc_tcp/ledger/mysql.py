@@ -12,6 +12,7 @@ The table is that of the original idalloc.
 import struct
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import Any, Final, TypeVar, final
 
 import asyncmy
@@ -211,8 +212,11 @@ class MysqlLedger:
     async def aclose(self) -> None:
         """As `Ledger.aclose`."""
         self._is_closed = True
-        while self._idle:
-            self._idle.pop()[0].close()
+        connections = [connection for connection, _ in self._idle]
+        self._idle.clear()
+        # Shielded, for `run_unit` has a deadline. It is over either way.
+        with trio.CancelScope(shield=True), suppress(Unavailable, *DRIVER_ERRORS):
+            await run_unit(_close_all, connections)
 
     async def _run(self, work: _Work[_T]) -> _T:
         try:
@@ -279,6 +283,16 @@ async def _row(cursor: Any, service: str) -> Row | None:
     await cursor.execute(_READ, {"service": service})
     row = await cursor.fetchone()
     return None if row is None else Row(int(row[0]), int(row[1]))
+
+
+async def _close_all(connections: list[Any]) -> None:
+    """Say goodbye where somebody listens; encryption has an end that takes a round trip, too."""
+    try:
+        for connection in connections:
+            await connection.ensure_closed()
+    finally:
+        for connection in connections:
+            connection.close()
 
 
 async def _lives(connection: Any) -> bool:

@@ -226,3 +226,29 @@ def down(*stores: MariaDbDatabase | RedisServer) -> Iterator[None]:
             server.kill()
             stack.callback(server.start)
         yield
+
+
+def load_for(servers: list[ServerProcess], requests: int) -> list[Range]:
+    """What clients of all these servers get, in so many requests or a few more."""
+    with Load(servers) as load:
+        load.wait_for(requests)
+    assert not load.refusals
+    return load.taken
+
+
+def hash_of(redis: RedisServer, service: str = SERVICE) -> dict[str, str]:
+    """A service's hash."""
+    flat = redis.command("HGETALL", f"{KEY_PREFIX}{service}")
+    assert isinstance(flat, list)
+    return dict(zip(map(str, flat[::2]), map(str, flat[1::2]), strict=True))
+
+
+def last_cut(redis: RedisServer) -> int:
+    """The last ID that its counter cut."""
+    return int(hash_of(redis)["lastAllocValue"])
+
+
+def is_well(client: LineClient) -> bool:
+    """Are both stores up?"""
+    stats = client.stats()
+    return (stats["ledger_up"], stats["counter_up"]) == ("1", "1")

@@ -3,32 +3,29 @@
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Final
 
 import pytest
-import trio
 
 from idalloc_tcp.fallback import LOWEST
 from idalloc_tcp.ledger import CLOSED
 from idalloc_tcp.pool import MAX_ID
 from tests.processes import ServerProcess
 from tests.real.mariadb_server import MariaDbDatabase, MariaDbServer
-from tests.real.proxy import open_fault_proxy
 from tests.real.redis_server import RedisServer
 from tests.real.serving import (
-    KEY_PREFIX,
     RECOVERY_SECONDS,
     SERVICE,
     SMALL,
     LineClient,
     Load,
-    Range,
     Refused,
     down,
     duplicates,
     eventually,
+    hash_of,
+    is_well,
     mysql_url,
     run_command,
     serves,
@@ -42,8 +39,6 @@ RSS_MIB_MAX: Final = 48.0
 SERVED_SECONDS_MAX: Final = 0.1
 REFUSED_SECONDS_MAX: Final = 0.05
 WAITED_SECONDS_MIN: Final = 0.4
-#: One lease for a whole test, so that nothing but the fence tells older data from newer.
-LONG_LEASE: Final = ("--lease-segments", "10000", "--write-db-every-n-versions", "1000000")
 #: What a refusal may take that has to find out first.
 FOUND_OUT_SECONDS_MAX: Final = 0.5
 LOAD_SECONDS: Final = 1.5
@@ -61,18 +56,6 @@ def server(mariadb_database: MariaDbDatabase, redis_server: RedisServer) -> Iter
     """A server on a Redis and a database, which is not to be killed."""
     with start_server(mariadb_database, redis_server) as running:
         yield running
-
-
-def hash_of(redis: RedisServer, service: str = SERVICE) -> dict[str, str]:
-    """A service's hash."""
-    flat = redis.command("HGETALL", f"{KEY_PREFIX}{service}")
-    assert isinstance(flat, list)
-    return dict(zip(map(str, flat[::2]), map(str, flat[1::2]), strict=True))
-
-
-def last_cut(redis: RedisServer) -> int:
-    """The last ID that its counter cut."""
-    return int(hash_of(redis)["lastAllocValue"])
 
 
 def refusal(client: LineClient, service: str = SERVICE) -> tuple[str, float]:
@@ -222,12 +205,6 @@ def test_a_server_starts_without_its_stores(
         assert duplicates(client.taken) == 0
 
 
-def is_well(client: LineClient) -> bool:
-    """Are both stores up?"""
-    stats = client.stats()
-    return (stats["ledger_up"], stats["counter_up"]) == ("1", "1")
-
-
 def test_a_store_that_hangs_holds_nobody_up(
     own_database: MariaDbDatabase, redis_server: RedisServer
 ) -> None:
@@ -314,86 +291,6 @@ def test_pools_outlive_both_stores(
         for one in (client, other):
             eventually(lambda one=one: serves(one), RECOVERY_SECONDS)  # type: ignore[misc]
         assert duplicates(client.taken, other.taken) == 0
-
-
-def load_for(servers: list[ServerProcess], requests: int) -> list[Range]:
-    """What clients of all these servers get, in so many requests or a few more."""
-    with Load(servers) as load:
-        load.wait_for(requests)
-    assert not load.refusals
-    return load.taken
-
-
-@pytest.mark.parametrize("fault", ["flush", "restart-empty", "restart-older"])
-def test_a_redis_that_forgets_repeats_nothing(
-    fault: str, mariadb_database: MariaDbDatabase, redis_server: RedisServer
-) -> None:
-    """Neither a server that was there nor one that is new, and remembers nothing, is misled."""
-    with ExitStack() as stack:
-
-        def start() -> ServerProcess:
-            flags = (*SMALL, *LONG_LEASE)
-            return stack.enter_context(start_server(mariadb_database, redis_server, *flags))
-
-        old = start()
-        taken = load_for([old], 50)
-        older, cut = redis_server.snapshot(), last_cut(redis_server)
-        taken += load_for([old], 50)
-        assert last_cut(redis_server) > cut
-        match fault:
-            case "flush":
-                redis_server.command("FLUSHALL")
-            case "restart-empty":
-                redis_server.restart_empty()
-            case "restart-older":
-                redis_server.restart_from(older)
-        new = start()
-        taken += load_for([new], 50)
-        taken += load_for([old, new], 100)
-        with LineClient.connect(new) as client:
-            assert is_well(client)
-    assert duplicates(taken) == 0
-    assert hash_of(redis_server)["fence"].startswith(redis_server.info()["run_id"])
-
-
-@pytest.mark.parametrize("replica_is_used", [True, False], ids=["used", "not-used"])
-async def test_a_failover_and_back_repeats_nothing(
-    replica_is_used: bool, mariadb_database: MariaDbDatabase, redis_server: RedisServer
-) -> None:
-    """A replica that lacks the last cuts is promoted; then the old master, with its data."""
-    block = trio.to_thread.run_sync
-    with ExitStack() as stack:
-        replica = stack.enter_context(RedisServer())
-        async with (
-            open_fault_proxy(redis_server.port) as to_master,
-            open_fault_proxy(redis_server.port) as to_redis,
-        ):
-
-            async def start() -> ServerProcess:
-                flags = (*SMALL, *LONG_LEASE)
-                starting = partial(start_server, mariadb_database, to_redis.port, *flags)
-                return stack.enter_context(await block(starting))
-
-            old = await start()
-            await block(replica.replicate_from, to_master.port)
-            taken = await block(load_for, [old], 50)
-            await block(redis_server.wait_for_sync, replica)
-            to_master.delay(to_client_seconds=float("inf"))
-            taken += await block(load_for, [old], 50)
-            await block(replica.promote)
-            assert last_cut(replica) < last_cut(redis_server), "the replica does not lag"
-            if replica_is_used:
-                to_redis.target_port = replica.port
-                taken += await block(load_for, [await start()], 50)
-            await block(redis_server.replicate_from, replica.port)
-            await block(replica.wait_for_sync, redis_server)
-            await block(redis_server.promote)
-            to_redis.target_port = redis_server.port
-            to_redis.cut()
-            new = await start()
-            taken += await block(load_for, [new], 50)
-            taken += await block(load_for, [old, new], 100)
-    assert duplicates(taken) == 0
 
 
 def test_the_table_has_to_be_made(
