@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Final
 
 import pytest
@@ -348,7 +348,12 @@ async def test_every_lost_reply_of_many_is_a_gap(
     starts = sorted(segment.start for segment in segments)
     assert len(set(starts)) == len(starts)
     assert all(start % 10 == 1 for start in starts)
-    assert await take(proxied) > max(segments)
+    # A connection that was cut while it idled is noticed only by the next who uses it.
+    for _ in range(CONNECTIONS_MAX):
+        with suppress(Unavailable):
+            assert await take(proxied) > max(segments)
+            return
+    pytest.fail("no connection is good any more")
 
 
 async def test_cancelled_take_leaves_nothing_to_be_misread(
