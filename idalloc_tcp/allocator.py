@@ -83,6 +83,11 @@ class Allocator:
             service = self._start(name)
         return service.take(count)
 
+    def take_run(self, name: str, ids: int) -> int | None:
+        """The first of as many contiguous IDs as several requests ask for; None: one by one."""
+        service = self._services.get(name)
+        return None if service is None else service.take_run(ids)
+
     async def wait(self, name: str, count: int) -> int:
         """As `take`, but waits, up to `wait_seconds`.
 

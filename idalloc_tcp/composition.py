@@ -12,7 +12,8 @@ from idalloc_tcp.allocator import Allocator, AllocatorPolicy
 from idalloc_tcp.config import Settings
 from idalloc_tcp.connection import ConnectionLimits
 from idalloc_tcp.fallback import random_range
-from idalloc_tcp.listeners import bound_address, open_listeners
+from idalloc_tcp.lanes import HAS_EPOLL, Sweep
+from idalloc_tcp.listeners import open_listeners
 from idalloc_tcp.metrics import Metrics
 from idalloc_tcp.pool import MAX_ID
 from idalloc_tcp.server import Server, ServerLimits, stop_on_signals
@@ -47,7 +48,7 @@ async def _serve(settings: Settings) -> None:
         server = _server(settings, stores, metrics)
         async with trio.open_nursery() as signals:
             await signals.start(stop_on_signals, server)
-            listen = [bound_address(listener) for listener in listeners]
+            listen = [listener.address for listener in listeners]
             log.event("serving", listen=listen, **stores.described, version=__version__)
             await server.run(listeners)
             signals.cancel_scope.cancel()
@@ -74,7 +75,8 @@ def _server(settings: Settings, stores: Stores, metrics: Metrics) -> Server:
             settings.idle_seconds, settings.line_seconds, settings.send_seconds
         ),
     )
-    return Server(allocator, limits, metrics, stores.rows, _fallback(settings))
+    sweep = Sweep() if HAS_EPOLL and settings.lane != "stream" else None
+    return Server(allocator, limits, metrics, stores.rows, _fallback(settings), sweep)
 
 
 def _fallback(settings: Settings) -> Fallback:

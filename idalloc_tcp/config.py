@@ -56,6 +56,7 @@ _T = TypeVar("_T")
 Flag: TypeAlias = str | Sequence[str] | bool
 LogLevel: TypeAlias = Literal["debug", "info", "warning", "error"]
 Fallback: TypeAlias = Literal["off", "random"]
+Lane: TypeAlias = Literal["sweep", "stream"]
 LogFormat: TypeAlias = Literal["console", "json"]
 
 
@@ -257,6 +258,13 @@ class Settings:
         seconds(0),
         _TIMES,
         "How long busy connections may go on after a clean stop has begun, in seconds.",
+    )
+    lane: Lane = setting(
+        "sweep",
+        choice(get_args(Lane)),
+        _BOUNDS,
+        "Whether one task serves all connections that need not wait (sweep, the faster; only "
+        "where there is epoll), or each connection's own (stream).",
     )
     max_connections: int = setting(
         16_384, integer(1, 1_000_000), _BOUNDS, "How many connections may be open at once."

@@ -1,13 +1,17 @@
-"""One connection on a stream: a nursery, its deadlines, and the session it moves bytes for.
+"""One connection: a nursery, its deadlines, and the session that it moves bytes for.
 
-The connection's nursery lives as long as the connection. Its cancel scope carries one deadline,
-moved ahead at each step: how long the client may stay silent, may take to finish a line that it
-began, or to accept its replies. When a deadline passes, the nursery ends, and with it all that
-was going on.
+The connection's nursery lives as long as the connection. Two deadlines guard it, one at a time:
+
+* While it hears, a scope around that alone: how long the client may stay silent, or may take to
+  finish a line that it began. A request that was read is past it, and gets its answer.
+* While it sends, the nursery's own: how long the client may take to accept its replies.
+
+A connection that has a place in the fast lane hears there while its session is at rest.
 """
 
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from math import inf
 from typing import Final, final
 
 import attrs
@@ -15,10 +19,9 @@ import trio
 
 from idalloc_tcp import log
 from idalloc_tcp.errors import BadSyntax, IdallocError, Internal
-from idalloc_tcp.session import Session
+from idalloc_tcp.lanes import Rider
+from idalloc_tcp.session import RECEIVE_BYTES, Session
 
-#: Read at once; together with the session's bound on replies this bounds a connection's memory.
-RECEIVE_BYTES: Final = 16_384
 #: On a stop, a client that has sent nothing for so long counts as idle.
 QUIET_SECONDS: Final = 0.05
 #: Closing a socket that has unread input resets it, and the reset may overtake the last replies.
@@ -48,15 +51,22 @@ class ConnectionLimits:
 @final
 @attrs.define(eq=False)
 class Connection:
-    """The slow lane: everything goes through one task and a Trio stream."""
+    """The slow lane: everything goes through one task and a Trio stream.
+
+    Args:
+        wait: gets the IDs that the session must wait for.
+        rider: its place in the fast lane, if there is one. The stream is on the same socket.
+    """
 
     _stream: trio.abc.HalfCloseableStream
     _session: Session
     _wait: Wait
     _limits: ConnectionLimits
+    _rider: Rider | None = None
     _scope: trio.CancelScope = attrs.field(init=False, factory=trio.CancelScope)
+    #: Around what hears, or heard last.
+    _patience: trio.CancelScope = attrs.field(init=False, factory=trio.CancelScope)
     _line_began_at: float | None = attrs.field(init=False, default=None)
-    _is_reading: bool = attrs.field(init=False, default=False)
     _is_draining: bool = attrs.field(init=False, default=False)
     _is_broken: bool = attrs.field(init=False, default=False)
     _last_line: bytes = attrs.field(init=False, default=b"")
@@ -67,21 +77,23 @@ class Connection:
             async with trio.open_nursery() as nursery:
                 self._scope = nursery.cancel_scope
                 await self._converse()
-            with trio.move_on_after(FAREWELL_SECONDS + LINGER_SECONDS):
-                await self._part()
+            if self._session.finished and not self._is_broken:
+                with trio.move_on_after(FAREWELL_SECONDS + LINGER_SECONDS):
+                    await self._part()
 
     def drain(self) -> None:
         """Answer what has arrived, refuse the rest, and close as soon as the client is quiet."""
         self._is_draining = True
         self._session.drain()
-        if self._is_reading:
-            self._scope.deadline = trio.current_time() + QUIET_SECONDS
+        self._patience.deadline = trio.current_time() + QUIET_SECONDS
 
     async def _converse(self) -> None:
         session = self._session
         try:
             while not session.finished:
-                session.receive(await self._receive())
+                if not await self._hear():
+                    self._give_up()
+                    return
                 await self._reply()
         except trio.BrokenResourceError:
             self._is_broken = True  # The client is gone: nobody is left to tell.
@@ -89,25 +101,54 @@ class Connection:
             log.failure("a connection failed")
             self._last_line = session.abort(Internal("the server failed; its log says why"))
 
-    async def _receive(self) -> bytes:
-        self._scope.deadline = self._reading_deadline()
-        self._is_reading = True
-        data = await self._stream.receive_some(RECEIVE_BYTES)
-        self._is_reading = False
-        if b"\n" in data:
-            self._line_began_at = None
-        return bytes(data)
+    async def _hear(self) -> bool:
+        """Wait until there may be something to do. False: the client was silent for too long."""
+        if self._rider is not None and self._session.is_at_rest:
+            return await self._ride(self._rider)
+        data = await self._receive()
+        if data is None:
+            return False
+        self._session.receive(data)
+        return True
+
+    async def _ride(self, rider: Rider) -> bool:
+        # The sweep moves no deadline: that would cost more than a request. So when the time is
+        # up, it is looked whether the client has said anything since.
+        heard_at = trio.current_time()
+        while (deadline := heard_at + self._silence_seconds) > trio.current_time():
+            self._patience = trio.CancelScope(deadline=deadline)
+            with self._patience:
+                await rider.ride()
+                return True
+            heard_at = rider.active_at
+        return False
+
+    async def _receive(self) -> bytes | None:
+        self._patience = trio.CancelScope(deadline=self._reading_deadline())
+        with self._patience:
+            data = await self._stream.receive_some(RECEIVE_BYTES)
+            if b"\n" in data:
+                self._line_began_at = None
+            return bytes(data)
+        return None
+
+    @property
+    def _silence_seconds(self) -> float:
+        return QUIET_SECONDS if self._is_draining else self._limits.idle_seconds
 
     def _reading_deadline(self) -> float:
         now = trio.current_time()
-        if self._is_draining:
-            return now + QUIET_SECONDS
-        if not self._session.is_mid_line:
-            return now + self._limits.idle_seconds
+        if self._is_draining or not self._session.is_mid_line:
+            return now + self._silence_seconds
         # From the line's beginning: a byte now and then buys no more time.
         if self._line_began_at is None:
             self._line_began_at = now
         return self._line_began_at + self._limits.line_seconds
+
+    def _give_up(self) -> None:
+        if self._session.is_mid_line and not self._is_draining:
+            text = f"the line was not finished within {self._limits.line_seconds:g} s; closing"
+            self._last_line = self._session.abort(BadSyntax(text))
 
     async def _reply(self) -> None:
         """Send all replies that are due; those before a wait do not wait with it."""
@@ -122,7 +163,6 @@ class Connection:
                 return
 
     async def _settle(self, service: str, count: int) -> None:
-        self._scope.deadline = float("inf")  # The wait has a deadline of its own.
         try:
             first = await self._wait(service, count)
         except IdallocError as error:
@@ -133,16 +173,10 @@ class Connection:
     async def _send(self, data: bytes) -> None:
         self._scope.deadline = trio.current_time() + self._limits.send_seconds
         await self._stream.send_all(data)
+        self._scope.deadline = inf
 
     async def _part(self) -> None:
         """Leave so that the last replies arrive."""
-        if self._is_broken:
-            return
-        if self._is_reading and self._session.is_mid_line and not self._is_draining:
-            text = f"the line was not finished within {self._limits.line_seconds:g} s; closing"
-            self._last_line = self._session.abort(BadSyntax(text))
-        if not self._session.finished:
-            return
         with suppress(trio.BrokenResourceError):  # It left first.
             await self._stream.send_all(self._last_line)
             await self._stream.send_eof()

@@ -1,63 +1,166 @@
-"""Listening sockets from addresses."""
+"""Listening sockets from addresses, and accepting from them."""
 
 import errno
 import os
 import socket
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from typing import Final
+from typing import Final, final
 
+import attrs
 import trio
 
+from idalloc_tcp import log
 from idalloc_tcp.address import Address, TcpAddress, UnixAddress
 from idalloc_tcp.errors import StartRefused
 
 #: Connections that may wait to be accepted; the kernel may allow fewer.
 BACKLOG: Final = 4096
+#: Connections accepted before others have their turn: a crowd is in soon, and nobody waits for it.
+ACCEPT_BATCH: Final = 64
+#: No file or memory is left for another connection: that passes when some have ended.
+_FULL: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
+FULL_PAUSE_SECONDS: Final = 0.1
+
+#: What is done with a new connection's socket, which does not block.
+Welcome = Callable[[socket.socket], None]
 
 
-async def open_listeners(addresses: Sequence[Address]) -> list[trio.SocketListener]:
+@final
+@attrs.frozen(eq=False)
+class Listener:
+    """A socket that listens, and does not block."""
+
+    socket: socket.socket
+    #: Device and inode of a Unix socket's name that is ours to remove.
+    _name_identity: tuple[int, int] | None = None
+
+    @property
+    def address(self) -> str:
+        """Where it really listens, as a client would write it."""
+        name = self.socket.getsockname()
+        if isinstance(name, tuple):
+            host, port = name[:2]
+            return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        return f"unix:{name}"
+
+    async def accept(self, welcome: Welcome) -> None:
+        """Welcome whoever connects, until cancelled."""
+        had_room = True
+        while True:
+            await trio.lowlevel.wait_readable(self.socket)
+            has_room = self.accept_waiting(welcome)
+            if had_room and not has_room:
+                log.warning("no file or memory is left for more connections", listen=self.address)
+            had_room = has_room
+            if not has_room:
+                await trio.sleep(FULL_PAUSE_SECONDS)
+
+    def accept_waiting(self, welcome: Welcome, most: int = ACCEPT_BATCH) -> bool:
+        """Welcome those who wait now. False: there is no room for more before some leave."""
+        for _ in range(most):
+            try:
+                client, _name = self.socket.accept()
+            except BlockingIOError:
+                return True
+            except OSError as error:
+                if error.errno in _FULL:
+                    return False
+                continue  # That client has left already.
+            client.setblocking(False)
+            welcome(client)
+        return True
+
+    def remove_name(self) -> None:
+        """Take a Unix socket's name out of the file system, unless it is somebody else's now."""
+        if self._name_identity is None:
+            return
+        path = self.socket.getsockname()
+        with suppress(OSError):  # It is gone already, or must stay: no reason to fail.
+            if _identity_of(path) == self._name_identity:
+                os.unlink(path)
+
+
+async def open_listeners(addresses: Sequence[Address]) -> list[Listener]:
     """Listen on every address; a host name with several addresses gets a socket for each.
 
     Raises:
         StartRefused: one of them cannot be had; none is left open.
     """
-    listeners: list[trio.SocketListener] = []
+    listeners: list[Listener] = []
     try:
         for address in addresses:
-            listeners += await _open(address)
+            await _open(address, listeners)
     except BaseException:
-        remove_unix_sockets(listeners)
-        for listener in listeners:
-            listener.socket.close()
+        close_listeners(listeners)
         raise
     return listeners
 
 
-async def _open(address: Address) -> Sequence[trio.SocketListener]:
+def close_listeners(listeners: Iterable[Listener]) -> None:
+    """Listen no more, and leave no name behind."""
+    for listener in listeners:
+        listener.remove_name()
+        listener.socket.close()
+
+
+async def _open(address: Address, listeners: list[Listener]) -> None:
     try:
         match address:
             case TcpAddress(host, port):
-                return await trio.open_tcp_listeners(port, host=host, backlog=BACKLOG)
+                await _open_tcp(host, port, listeners)
             case UnixAddress(path):
-                return [await _open_unix(path)]
+                listeners.append(_open_unix(path))
     except UnicodeError as error:  # From the look-up: a label that is empty or too long.
         raise StartRefused(f"cannot listen on {address}: not a host name") from error
     except OSError as error:
         raise StartRefused(f"cannot listen on {address}: {error.strerror or error}") from error
 
 
-async def _open_unix(path: str) -> trio.SocketListener:
+async def _open_tcp(host: str, port: int, listeners: list[Listener]) -> None:
+    resolved = await trio.socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )
+    opened, unsupported = 0, None
+    for family, kind, number, _, name in resolved:
+        try:
+            listening = socket.socket(family, kind, number)
+        except OSError as error:
+            if error.errno != errno.EAFNOSUPPORT:
+                raise
+            unsupported = error  # Its name may have an address of another family.
+            continue
+        listeners.append(Listener(listening))
+        opened += 1
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        _listen(listening, name)
+    if unsupported is not None and not opened:
+        raise unsupported
+
+
+def _listen(listening: socket.socket, name: object) -> None:
+    listening.setblocking(False)
+    listening.bind(name)  # type: ignore[arg-type]  # whatever the look-up gave
+    listening.listen(BACKLOG)
+
+
+def _open_unix(path: str) -> Listener:
     _clear_stale(path)
-    listening = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        await listening.bind(path)
-        listening.listen(BACKLOG)
+        _listen(listening, path)
+        return Listener(listening, _identity_of(path))
     except BaseException:
         listening.close()
         raise
-    return trio.SocketListener(listening)
+
+
+def _identity_of(path: str) -> tuple[int, int]:
+    status = os.lstat(path)
+    return status.st_dev, status.st_ino
 
 
 def _clear_stale(path: str) -> None:
@@ -77,20 +180,3 @@ def _clear_stale(path: str) -> None:
         except BlockingIOError:
             pass  # Somebody listens, with a full queue.
     raise OSError(errno.EADDRINUSE, "another server listens there")
-
-
-def bound_address(listener: trio.SocketListener) -> str:
-    """Where a listener really listens, as a client would write it."""
-    name = listener.socket.getsockname()
-    if isinstance(name, tuple):
-        host, port = name[:2]
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    return f"unix:{name}"
-
-
-def remove_unix_sockets(listeners: Sequence[trio.SocketListener]) -> None:
-    """Take the names of Unix sockets back out of the file system, before they are closed."""
-    for listener in listeners:
-        if listener.socket.family == socket.AF_UNIX:
-            with suppress(OSError):  # It is gone already, or must stay: no reason to fail.
-                os.unlink(listener.socket.getsockname())

@@ -36,7 +36,7 @@ from idalloc_tcp.names import fold_name
 PROTOCOL: Final = "idalloc/1"
 LINE_BYTES_MAX: Final = 255
 TRACE_CHARS_MAX: Final = 64
-KNOWN_LINES_MAX: Final = 10_000
+KNOWN_LINES_MAX: Final = 131_072
 
 _PRINTABLE: Final = re.compile(rb"[\x20-\x7e]*")
 _COUNT: Final = re.compile(r"[1-9][0-9]*")
@@ -141,19 +141,28 @@ def looks_like_http(line: bytes) -> bool:
 
 
 @final
+@attrs.frozen
+class KnownLine:
+    """A line that was understood before: its request, and the reply but for the first ID."""
+
+    request: Alloc
+    #: With its end and one `%d`.
+    reply: bytes
+
+
+@final
 @attrs.define(eq=False)
 class RequestParser:
     """Turns lines into requests.
-
-    Busy clients send the same few lines over and over, so those that it has understood are
-    remembered (a bounded table, emptied when full) and need no second parse.
 
     Args:
         max_count: the largest count that one ALLOC may ask for.
     """
 
     max_count: int
-    _known: dict[bytes, Request] = attrs.field(init=False, factory=dict)
+    #: Busy clients send the same few lines over and over, so those of ALLOCs without a trace are
+    #: remembered, without their LF, and need no second parse. Emptied when full.
+    known: dict[bytes, KnownLine] = attrs.field(init=False, factory=dict)
 
     def parse(self, line: bytes) -> Request:
         """The request in a line as `LineReader` gave it.
@@ -161,17 +170,16 @@ class RequestParser:
         Raises:
             RequestError: what is wrong with the line; nothing was done.
         """
-        request = self._known.get(line)
-        if request is None:
-            request = self._parse(line)
-            if type(request) is Alloc and not request.trace:
-                self._remember(line, request)
+        request = self._parse(line)
+        if type(request) is Alloc and not request.trace:
+            self._remember(line, request)
         return request
 
-    def _remember(self, line: bytes, request: Request) -> None:
-        if len(self._known) >= KNOWN_LINES_MAX:
-            self._known.clear()
-        self._known[line] = request
+    def _remember(self, line: bytes, request: Alloc) -> None:
+        if len(self.known) >= KNOWN_LINES_MAX:
+            self.known.clear()
+        reply = b"OK %%d %d" % request.count + ending_of(line)
+        self.known[line] = KnownLine(request, reply)
 
     def _parse(self, line: bytes) -> Request:
         if len(line) > LINE_BYTES_MAX:

@@ -11,7 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from functools import partial
+from socket import socket
 from typing import Final, final
 
 import attrs
@@ -21,7 +21,8 @@ from idalloc_tcp import __version__, log
 from idalloc_tcp.allocator import Allocator
 from idalloc_tcp.connection import FAREWELL_SECONDS, Connection, ConnectionLimits
 from idalloc_tcp.errors import Busy
-from idalloc_tcp.listeners import remove_unix_sockets
+from idalloc_tcp.lanes import Sweep
+from idalloc_tcp.listeners import BACKLOG, Listener, close_listeners
 from idalloc_tcp.metrics import Metrics, Row
 from idalloc_tcp.protocol import RequestParser, err
 from idalloc_tcp.session import Fallback, Session, no_fallback
@@ -47,13 +48,20 @@ class ServerLimits:
 @final
 @attrs.define(eq=False)
 class Server:
-    """Serves an allocator's IDs on any number of listeners."""
+    """Serves an allocator's IDs on any number of listeners.
+
+    Args:
+        store_rows: what STATS says of the stores.
+        fallback: what stands in for IDs that are unavailable.
+        sweep: the fast lane; without one every connection is on its own.
+    """
 
     _allocator: Allocator
     _limits: ServerLimits
     _metrics: Metrics
     _store_rows: Callable[[], Iterable[Row]] = tuple
     _fallback: Fallback = no_fallback
+    _sweep: Sweep | None = None
     _parser: RequestParser = attrs.field(init=False)
     _connections: set[Connection] = attrs.field(init=False, factory=set)
     _stopping: trio.Event = attrs.field(init=False, factory=trio.Event)
@@ -64,23 +72,43 @@ class Server:
 
     async def run(
         self,
-        listeners: Sequence[trio.SocketListener],
+        listeners: Sequence[Listener],
         *,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """Serve until `stop`, then drain. Closes the listeners."""
         async with trio.open_nursery() as stores:
             await stores.start(self._allocator.run)
-            async with trio.open_nursery() as connections:
-                async with trio.open_nursery() as accepting:
-                    accept = partial(trio.serve_listeners, handler_nursery=connections)
-                    await accepting.start(accept, self.serve_stream, listeners)
-                    task_status.started()
-                    await self._stopping.wait()
-                    remove_unix_sockets(listeners)
-                    accepting.cancel_scope.cancel()
-                self._drain(connections.cancel_scope)
+            async with trio.open_nursery() as lanes:
+                if self._sweep is not None:
+                    await lanes.start(self._sweep.run)
+                async with trio.open_nursery() as connections:
+                    await self._accept(listeners, connections, task_status)
+                    self._drain(connections.cancel_scope)
+                lanes.cancel_scope.cancel()
             self._allocator.stop()
+
+    async def _accept(
+        self,
+        listeners: Sequence[Listener],
+        connections: trio.Nursery,
+        task_status: trio.TaskStatus[None],
+    ) -> None:
+        def welcome(client: socket) -> None:
+            stream = trio.SocketStream(trio.socket.from_stdlib_socket(client))
+            connections.start_soon(self.serve_stream, stream, client)
+
+        try:
+            async with trio.open_nursery() as accepting:
+                for listener in listeners:
+                    accepting.start_soon(listener.accept, welcome)
+                task_status.started()
+                await self._stopping.wait()
+                accepting.cancel_scope.cancel()
+            for listener in listeners:  # Who has connected before the stop is told of it.
+                listener.accept_waiting(welcome, BACKLOG)
+        finally:
+            close_listeners(listeners)
 
     @property
     def is_stopping(self) -> bool:
@@ -91,15 +119,27 @@ class Server:
         """Drain: let `run` come to its end."""
         self._stopping.set()
 
-    async def serve_stream(self, stream: trio.abc.HalfCloseableStream) -> None:
-        """Serve one client."""
+    async def serve_stream(
+        self, stream: trio.abc.HalfCloseableStream, connected: socket | None = None
+    ) -> None:
+        """Serve one client. With the socket that the stream is on, it may use the fast lane."""
         if len(self._connections) >= self._limits.max_connections:
             await self._turn_away(stream)
             return
         session = Session(
-            self._parser, self._allocator.take, self.rows, self._metrics, self._fallback
+            self._parser,
+            self._allocator.take,
+            self.rows,
+            self._metrics,
+            self._fallback,
+            self._allocator.take_run,
         )
-        connection = Connection(stream, session, self._allocator.wait, self._limits.connection)
+        rider = None
+        if self._sweep is not None and connected is not None:
+            rider = self._sweep.rider(connected, session)
+        connection = Connection(
+            stream, session, self._allocator.wait, self._limits.connection, rider
+        )
         self._connections.add(connection)
         self._metrics.connections_total += 1
         self._metrics.connections_open += 1

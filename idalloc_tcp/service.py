@@ -76,6 +76,18 @@ class Service:
                 raise type(self.trouble)(*self.trouble.args)
         return first
 
+    def take_run(self, ids: int) -> int | None:
+        """The first of as many contiguous IDs as several requests ask for.
+
+        None: not out of one segment. Each request has to be served on its own.
+        """
+        first = self.pool.take_run(ids)
+        if first is not None and self.pool.wants_more:
+            self._collect()
+            if self.pool.wants_more:
+                self._ring()
+        return first
+
     async def wait(self, count: int) -> int:
         """As `take`, but first come, first served for what the prefetch task brings."""
         self.waiting_ids += count

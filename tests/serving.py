@@ -1,5 +1,6 @@
 """A server inside the test's own process, and a peer that is as blunt as netcat."""
 
+import os
 import socket
 import struct
 from collections.abc import AsyncIterator, Callable
@@ -13,13 +14,16 @@ import trio
 
 from idalloc_tcp.address import Address, TcpAddress, UnixAddress, parse_address
 from idalloc_tcp.allocator import Allocator, AllocatorPolicy
-from idalloc_tcp.listeners import bound_address, open_listeners
+from idalloc_tcp.lanes import Sweep
+from idalloc_tcp.listeners import open_listeners
 from idalloc_tcp.metrics import Metrics
 from idalloc_tcp.pool import MAX_ID
 from idalloc_tcp.reservation import Reservation
 from idalloc_tcp.server import Server, ServerLimits
 from tests.fakes import FakeLedger
 
+#: Which lane servers in tests use: a setting of theirs.
+LANE_VARIABLE: Final = "IDALLOC_TCP_LANE"
 #: Nothing in these tests takes so long, unless it hangs.
 PATIENCE_SECONDS: Final = 10.0
 #: A server listens on any of these.
@@ -145,10 +149,10 @@ async def serving(
     ledger, metrics = ledger or FakeLedger(), Metrics()
     reservation = Reservation(ledger, lambda _service: MAX_ID, metrics)
     allocator = Allocator(reservation, policy or AllocatorPolicy(), metrics)
-    server = Server(allocator, limits or ServerLimits(), metrics)
+    server = Server(allocator, limits or ServerLimits(), metrics, sweep=make_sweep())
     wanted = [parse_address(address) for address in addresses or ["127.0.0.1:0"]]
     listeners = await open_listeners(wanted)
-    bound = [parse_address(bound_address(listener)) for listener in listeners]
+    bound = [parse_address(listener.address) for listener in listeners]
     running = Running(server, ledger, metrics, bound, trio.Event())
 
     async def run(task_status: trio.TaskStatus[None]) -> None:
@@ -159,6 +163,11 @@ async def serving(
         await nursery.start(run)
         yield running
         await running.stop()
+
+
+def make_sweep() -> Sweep | None:
+    """The fast lane, unless the environment asks for the other one, as it may ask a server."""
+    return None if os.environ.get(LANE_VARIABLE) == "stream" else Sweep()
 
 
 async def until(condition: Callable[[], bool]) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from idalloc_tcp import config, kinds
 from idalloc_tcp.address import TcpAddress, UnixAddress
-from idalloc_tcp.config import Fallback, Flag, Loaded, LogFormat, LogLevel, Settings, load, setting
+from idalloc_tcp.config import Fallback, Lane, Flag, Loaded, LogFormat, LogLevel, Settings, load, setting
 from idalloc_tcp.errors import SettingsError
 from idalloc_tcp.pool import MAX_ID
 
@@ -537,6 +537,7 @@ VALUES: Final = st.fixed_dictionaries(
         "line_seconds": durations(0.001),
         "send_seconds": durations(0.001),
         "drain_seconds": durations(0),
+        "lane": st.sampled_from(get_args(Lane)),
         "max_connections": integers(1_000_000),
         "max_services": integers(10_000_000),
         "log_level": st.sampled_from(get_args(LogLevel)),

@@ -5,14 +5,11 @@ import trio
 import trio.testing
 from trio.testing import MockClock
 
-from idalloc_tcp.connection import (
-    QUIET_SECONDS,
-    RECEIVE_BYTES,
-)
+from idalloc_tcp.connection import QUIET_SECONDS
 from idalloc_tcp.errors import Busy
 from idalloc_tcp.metrics import Metrics
 from idalloc_tcp.protocol import LINE_BYTES_MAX
-from idalloc_tcp.session import REPLY_BYTES_GOAL
+from idalloc_tcp.session import RECEIVE_BYTES, REPLY_BYTES_GOAL
 from tests.conversation import (
     LIMITS,
     PATIENCE_SECONDS,

@@ -14,9 +14,9 @@ from idalloc_tcp.connection import (
     FAREWELL_SECONDS,
     LINGER_BYTES,
     LINGER_SECONDS,
-    RECEIVE_BYTES,
 )
 from idalloc_tcp.metrics import Metrics
+from idalloc_tcp.session import RECEIVE_BYTES
 from tests.conversation import (
     LIMITS,
     OPERATIONS_MAX,

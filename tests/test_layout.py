@@ -17,7 +17,7 @@ ORDER: Final = (
     *("errors", "names", "address", "kinds", "config", "metrics", "log", "protocol", "session"),
     *("pool", "sizing", "recent", "backoff", "health", "bridge", "ledger", "counter"),
     *("reservation", "sync", "fallback", "service", "allocator", "stores"),
-    *("connection", "listeners", "server", "client", "composition", "cli", "__main__"),
+    *("lanes", "connection", "listeners", "server", "client", "composition", "cli", "__main__"),
 )
 #: What talks and what allocates know nothing of each other; `server` puts them together.
 TALKING: Final = frozenset({"protocol", "session"})

@@ -13,7 +13,7 @@ import trio
 
 from idalloc_tcp.address import Address, TcpAddress, UnixAddress, parse_address
 from idalloc_tcp.errors import StartRefused
-from idalloc_tcp.listeners import bound_address, open_listeners, remove_unix_sockets
+from idalloc_tcp.listeners import Listener, close_listeners, open_listeners
 
 #: Set aside for documentation: no machine has it.
 NOT_LOCAL: Final = "192.0.2.1"
@@ -27,7 +27,7 @@ async def refusal(*addresses: Address) -> str:
     return str(refused.value)
 
 
-def close(listeners: list[trio.SocketListener]) -> None:
+def close(listeners: list[Listener]) -> None:
     """Close them, and leave the names of Unix sockets behind, as a crash does."""
     for listener in listeners:
         listener.socket.close()
@@ -46,7 +46,7 @@ async def test_port_0_is_reported_as_the_port_that_it_became(tmp_path: Path) -> 
     """What a listener is said to listen on is where a client reaches it."""
     wanted: list[Address] = [ANY_PORT, ANY_PORT, UnixAddress(str(tmp_path / "a.sock"))]
     listeners = await open_listeners(wanted)
-    bound = [parse_address(bound_address(listener)) for listener in listeners]
+    bound = [parse_address(listener.address) for listener in listeners]
     assert bound[2] == wanted[2]
     assert len(set(bound)) == 3
     for address in bound[:2]:
@@ -70,7 +70,7 @@ async def test_an_ipv6_address_is_reported_in_brackets() -> None:
         listeners = await open_listeners([TcpAddress("::1", 0)])
     except StartRefused:
         pytest.skip("this machine has no ::1")
-    address = parse_address(bound_address(listeners[0]))
+    address = parse_address(listeners[0].address)
     assert isinstance(address, TcpAddress)
     assert address.host == "::1"
     close(listeners)
@@ -192,6 +192,5 @@ async def test_removing_the_names_of_unix_sockets_never_fails(tmp_path: Path) ->
     addresses = [UnixAddress(str(tmp_path / name)) for name in ("a.sock", "b.sock")]
     listeners = await open_listeners([*addresses, ANY_PORT])
     os.unlink(addresses[0].path)
-    remove_unix_sockets(listeners)
+    close_listeners(listeners)
     assert os.listdir(tmp_path) == []
-    close(listeners)

@@ -327,9 +327,12 @@ def test_what_was_asked_before_changes_no_answer(lines: list[bytes], known_max: 
 
 
 def test_a_line_that_was_understood_is_remembered() -> None:
-    """The same ALLOC again is the same object: there was no second parse."""
+    """What an ALLOC asked, and how its reply reads, is known from its second time on."""
     parser = RequestParser(MAX_COUNT)
-    assert parser.parse(b"ALLOC orders 1") is parser.parse(b"ALLOC orders 1")
+    request = parser.parse(b"ALLOC orders 3\r")
+    known = parser.known[b"ALLOC orders 3\r"]
+    assert known.request is request
+    assert known.reply % 7 == b"OK 7 3\r\n"
 
 
 def test_few_lines_are_remembered() -> None:
@@ -338,7 +341,7 @@ def test_few_lines_are_remembered() -> None:
     sizes = []
     for count in range(1, 2 * KNOWN_LINES_MAX):
         assert parser.parse(b"ALLOC orders %d" % count) == Alloc("orders", count)
-        sizes.append(len(parser._known))
+        sizes.append(len(parser.known))
     assert max(sizes) == KNOWN_LINES_MAX
 
 
@@ -347,7 +350,7 @@ def test_what_is_not_repeated_is_not_remembered() -> None:
     parser = RequestParser(MAX_COUNT)
     for line in (b"ALLOC a @t", b"AUTH s3cret", b"NOPE", b"ALLOC a 0", b"x" * 100_000):
         answer(parser, line)
-    assert parser._known == {}
+    assert parser.known == {}
 
 
 # Stray HTTP
