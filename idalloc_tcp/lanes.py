@@ -27,6 +27,10 @@ ROUND_SOCKETS_MAX: Final = 1024
 #: Rounds go on for so long while there is something to do, before other tasks have their turn.
 SWEEP_SECONDS: Final = 0.002
 
+#: Most chunks are a line or two, and for so few bytes Python has memory at hand: a third of the
+#: cost of receiving. A client that sends more at once is received from with `RECEIVE_BYTES`.
+FEW_BYTES: Final = 448
+
 #: Has this system what the sweep needs?
 HAS_EPOLL: Final = hasattr(select, "epoll")
 
@@ -56,26 +60,45 @@ class Sweep:
         return Rider(self, connected, session, trio.current_time())
 
     def _serve(self, ready: Iterable[tuple[int, int]], now: float) -> None:
-        riders = self._riders
-        for descriptor, _events in ready:
-            rider = riders[descriptor]
-            rider.active_at = now
-            session, connected = rider.session, rider.socket
-            replies = b""
+        # Each step for all of them: its code and data stay in the processor's caches.
+        for rider, replies in self._answer(self._receive(ready), now):
             try:
-                replies = session.exchange(connected.recv(RECEIVE_BYTES))
-                if replies and (sent := connected.send(replies)) != len(replies):
-                    session.put_back(replies[sent:])
-            except BlockingIOError:  # To have been ready is no promise.
-                session.put_back(replies)
+                if replies and (sent := rider.socket.send(replies)) != len(replies):
+                    rider.session.put_back(replies[sent:])
+            except BlockingIOError:
+                rider.session.put_back(replies)
             except OSError as error:
                 rider.wake(trio.BrokenResourceError(str(error)))
                 continue
-            except Exception as error:
-                rider.wake(error)  # Handled where all errors of a connection are.
-                continue
-            if not session.is_at_rest:
+            if not rider.session.is_at_rest:
                 rider.wake()
+
+    def _receive(self, ready: Iterable[tuple[int, int]]) -> list[tuple["Rider", bytes]]:
+        heard = []
+        for descriptor, _events in ready:
+            rider = self._riders[descriptor]
+            try:
+                data = rider.socket.recv(rider.room)
+                if len(data) == rider.room:
+                    data += rider.receive_more()
+                heard.append((rider, data))
+            except BlockingIOError:
+                continue  # To have been ready is no promise.
+            except OSError as error:
+                rider.wake(trio.BrokenResourceError(str(error)))
+        return heard
+
+    def _answer(
+        self, heard: Iterable[tuple["Rider", bytes]], now: float
+    ) -> list[tuple["Rider", bytes]]:
+        answered = []
+        for rider, data in heard:
+            rider.active_at = now
+            try:
+                answered.append((rider, rider.session.exchange(data)))
+            except Exception as error:
+                rider.wake(error)  # Raised where all errors of a connection are handled.
+        return answered
 
     def _enter(self, rider: "Rider") -> None:
         descriptor = rider.socket.fileno()
@@ -100,6 +123,8 @@ class Rider:
     session: Session
     #: When it last had something to say, on Trio's clock.
     active_at: float
+    #: How many bytes to receive from it at once.
+    room: int = attrs.field(init=False, default=FEW_BYTES)
     _task: trio.lowlevel.Task | None = attrs.field(init=False, default=None)
     _error: Exception | None = attrs.field(init=False, default=None)
 
@@ -111,10 +136,19 @@ class Rider:
             Exception: what the session raised.
         """
         self._task = trio.lowlevel.current_task()
+        self.room = FEW_BYTES
         self._sweep._enter(self)
         await trio.lowlevel.wait_task_rescheduled(self._abort)
         if self._error is not None:
             raise self._error
+
+    def receive_more(self) -> bytes:
+        """What came beyond the first `room` bytes, up to `RECEIVE_BYTES` with them."""
+        rest, self.room = RECEIVE_BYTES - self.room, RECEIVE_BYTES
+        try:
+            return self.socket.recv(rest) if rest else b""
+        except BlockingIOError:
+            return b""
 
     def wake(self, error: Exception | None = None) -> None:
         """End the ride."""

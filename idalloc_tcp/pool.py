@@ -67,16 +67,20 @@ class Pool:
     """
 
     _served_through: int = 0
-    low_water: int = 1
+    _low_water: int = 1
     _on_gap: Callable[[str, int], None] = _forget_gap
     _next: int = attrs.field(init=False)
     _stop: int = attrs.field(init=False)
     _later: deque[Segment] = attrs.field(init=False, factory=deque)
     _later_ids: int = attrs.field(init=False, default=0)
     _owned_ids: int = attrs.field(init=False, default=0)
+    #: It wants more once the next ID lies above this one. Kept up to date where segments come and
+    #: go, so that a request need only compare.
+    refill_above: int = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
         self._next = self._stop = self._served_through + 1
+        self._note_supply()
 
     def take(self, count: int) -> int | None:
         """The first of `count` contiguous IDs that now belong to the caller.
@@ -93,14 +97,9 @@ class Pool:
             return self.take(count)
         return None
 
-    def take_run(self, ids: int) -> int | None:
-        """As `take`, for several requests at once: never skips a rest that could serve some."""
-        first = self._next
-        stop = first + ids
-        if stop > self._stop:
-            return None
-        self._next = stop
-        return first
+    def has_run(self, ids: int) -> bool:
+        """Would the segment in use serve so many contiguous IDs?"""
+        return self._next + ids <= self._stop
 
     def _skip_to(self, count: int) -> bool:
         if not any(segment.size >= count for segment in self._later):
@@ -108,6 +107,7 @@ class Pool:
         while self._stop - self._next < count:
             self._drop(self._stop - self._next)
             self._enter(self._later.popleft())
+        self._note_supply()
         return True
 
     def _enter(self, segment: Segment) -> None:
@@ -133,6 +133,7 @@ class Pool:
             self._next, self._stop = segment.start, segment.stop
         else:
             self._append(segment)
+        self._note_supply()
         return True
 
     def _append(self, segment: Segment) -> None:
@@ -155,7 +156,21 @@ class Pool:
         self._stop = self._next
         self._later.clear()
         self._later_ids = 0
+        self._note_supply()
         return tails[::-1]
+
+    def _note_supply(self) -> None:
+        self.refill_above = self._stop + self._later_ids - self._low_water
+
+    @property
+    def low_water(self) -> int:
+        """The number of IDs below which it wants the next segment."""
+        return self._low_water
+
+    @low_water.setter
+    def low_water(self, ids: int) -> None:
+        self._low_water = ids
+        self._note_supply()
 
     @property
     def remaining(self) -> int:
@@ -165,7 +180,7 @@ class Pool:
     @property
     def wants_more(self) -> bool:
         """Is it time to fetch the next segment?"""
-        return self._stop - self._next + self._later_ids < self.low_water
+        return self._next > self.refill_above
 
     @property
     def served_ids(self) -> int:

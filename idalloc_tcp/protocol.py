@@ -143,11 +143,13 @@ def looks_like_http(line: bytes) -> bool:
 @final
 @attrs.frozen
 class KnownLine:
-    """A line that was understood before: its request, and the reply but for the first ID."""
+    """A line that was understood before: what it asks for, and its reply but for the first ID."""
 
-    request: Alloc
-    #: With its end and one `%d`.
+    service: str
+    count: int
+    #: With its end, and `%d` for the first ID.
     reply: bytes
+    request: Alloc
 
 
 @final
@@ -179,7 +181,7 @@ class RequestParser:
         if len(self.known) >= KNOWN_LINES_MAX:
             self.known.clear()
         reply = b"OK %%d %d" % request.count + ending_of(line)
-        self.known[line] = KnownLine(request, reply)
+        self.known[line] = KnownLine(request.service, request.count, reply, request)
 
     def _parse(self, line: bytes) -> Request:
         if len(line) > LINE_BYTES_MAX:

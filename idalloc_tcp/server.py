@@ -132,7 +132,7 @@ class Server:
             self.rows,
             self._metrics,
             self._fallback,
-            self._allocator.take_run,
+            self._allocator.take_runs,
         )
         rider = None
         if self._sweep is not None and connected is not None:

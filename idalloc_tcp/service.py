@@ -64,28 +64,17 @@ class Service:
         Raises:
             Unavailable, Exhausted: they are not here, and the last attempt to get more failed.
         """
-        first = self.pool.take(count)
-        if first is None or self.pool.wants_more:
+        pool = self.pool
+        first = pool.take(count)
+        if first is None or first + count > pool.refill_above:
             self._collect()
             if first is None:
-                first = self.pool.take(count)
-            if first is None or self.pool.wants_more:
+                first = pool.take(count)
+            if first is None or pool.wants_more:
                 self._ring()
             if first is None and self.trouble is not None:
                 # A new one each time: an exception that is raised again grows its traceback.
                 raise type(self.trouble)(*self.trouble.args)
-        return first
-
-    def take_run(self, ids: int) -> int | None:
-        """The first of as many contiguous IDs as several requests ask for.
-
-        None: not out of one segment. Each request has to be served on its own.
-        """
-        first = self.pool.take_run(ids)
-        if first is not None and self.pool.wants_more:
-            self._collect()
-            if self.pool.wants_more:
-                self._ring()
         return first
 
     async def wait(self, count: int) -> int:

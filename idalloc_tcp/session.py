@@ -21,7 +21,7 @@ leaves the session anything but at rest, the long way goes on.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, final
 
 import attrs
@@ -59,17 +59,17 @@ REPLY_BYTES_GOAL: Final = 8_192
 
 #: The first of `count` IDs of a service, or None: not without waiting. Raises IdallocError.
 Take = Callable[[str, int], int | None]
-#: The first of as many contiguous IDs as several requests ask for, or None: take them one by one.
-TakeRun = Callable[[str, int], int | None]
+#: The first of as many contiguous IDs as are wanted of each service. None, and nothing taken,
+#: unless all of them are there.
+TakeRuns = Callable[[Mapping[str, int]], Mapping[str, int] | None]
 #: The first of `count` IDs that stand in for a service's when no store answers, or None.
 Fallback = Callable[[str, int], int | None]
 #: The measured values of the server (None) or of one service.
 Report = Callable[[str | None], Iterable[Row]]
 
 
-def no_run(_service: str, _count: int) -> int | None:
+def no_runs(_wanted: Mapping[str, int]) -> None:
     """One by one."""
-    return None
 
 
 def no_fallback(_service: str, _count: int) -> int | None:
@@ -92,7 +92,7 @@ class Session:
         report: what STATS answers.
         metrics: counts requests, IDs and errors.
         fallback: what stands in for IDs that are unavailable.
-        take_run: where the IDs of several requests at once come from.
+        take_runs: where the IDs of many requests at once come from.
     """
 
     _parser: RequestParser
@@ -100,13 +100,14 @@ class Session:
     _report: Report
     _metrics: Metrics
     _fallback: Fallback = no_fallback
-    _take_run: TakeRun = no_run
+    _take_runs: TakeRuns = no_runs
     #: Is there nothing to do until the client sends more, and no line begun?
     is_at_rest: bool = attrs.field(init=False, default=True)
     #: The ALLOC that must wait for its IDs. Nothing after it is answered before.
     waiting: Alloc | None = attrs.field(init=False, default=None)
     #: Close once the replies are sent; whatever else the client sent is not executed.
     finished: bool = attrs.field(init=False, default=False)
+    _known: Mapping[bytes, KnownLine] = attrs.field(init=False)
     _reader: LineReader = attrs.field(init=False, factory=LineReader)
     _lines: deque[bytes] = attrs.field(init=False, factory=deque)
     _settled: bytes = attrs.field(init=False, default=b"")
@@ -114,18 +115,19 @@ class Session:
     _ended: bool = attrs.field(init=False, default=False)
     _draining: bool = attrs.field(init=False, default=False)
 
+    def __attrs_post_init__(self) -> None:
+        self._known = self._parser.known
+
     def exchange(self, data: bytes) -> bytes:
-        """`receive`, then `advance`; the short way for what was seen before."""
+        """`receive`, then `advance`, for a session at rest; shorter for what was seen before."""
         line, end, rest = data.partition(b"\n")
-        known = self._parser.known.get(line)
-        if known is not None and end and self.is_at_rest and not self._draining:
+        known = self._known.get(line)
+        if known is not None and end:
             if not rest:
                 return self._answer_known(known, line)
-            times, odd = divmod(len(data), len(line) + 1)
-            if not odd and data == (line + end) * times:
-                replies = self._answer_run(known, times)
-                if replies:
-                    return replies
+            replies = self._answer_all(known, line, data)
+            if replies:
+                return replies
         self.receive(data)
         return self.advance()
 
@@ -146,6 +148,7 @@ class Session:
     def drain(self) -> None:
         """Refuse every ALLOC received from now on; what has arrived is still served."""
         self._draining = True
+        self._known = {}  # There is no short way any more.
 
     @property
     def has_work(self) -> bool:
@@ -205,20 +208,46 @@ class Session:
         self.waiting = None
         return request
 
-    def _answer_run(self, known: KnownLine, times: int) -> bytes:
-        """The replies to one line that came several times; b"" if not so at once."""
-        count = known.request.count
-        ids = count * times
-        first = self._take_run(known.request.service, ids)
-        if first is None:
+    def _answer_all(self, known: KnownLine, line: bytes, data: bytes) -> bytes:
+        """The replies to several lines, if all are known and can be served; else b""."""
+        times, odd = divmod(len(data), len(line) + 1)
+        if not odd and data == (line + b"\n") * times:
+            return self._answer_repeated(known, times)
+        *lines, unfinished = data.split(b"\n")
+        every = [found for found in map(self._known.get, lines) if found is not None]
+        if unfinished or len(every) != len(lines):
+            return b""
+        return self._answer_each(every)
+
+    def _answer_repeated(self, known: KnownLine, times: int) -> bytes:
+        count, ids = known.count, known.count * times
+        firsts = self._take_runs({known.service: ids})
+        if firsts is None:
             return b""
         self._metrics.requests_total += times
         self._metrics.ids_total += ids
+        first = firsts[known.service]
         return known.reply * times % tuple(range(first, first + ids, count))
+
+    def _answer_each(self, lines: Sequence[KnownLine]) -> bytes:
+        wanted: dict[str, int] = {}
+        for known in lines:
+            wanted[known.service] = wanted.get(known.service, 0) + known.count
+        taken = self._take_runs(wanted)
+        if taken is None:
+            return b""
+        self._metrics.requests_total += len(lines)
+        self._metrics.ids_total += sum(wanted.values())
+        upcoming, firsts = dict(taken), []
+        for known in lines:
+            first = upcoming[known.service]
+            upcoming[known.service] = first + known.count
+            firsts.append(first)
+        return b"".join([known.reply for known in lines]) % tuple(firsts)
 
     def _answer(self, line: bytes) -> bytes:
         """The whole reply to one line; b"" if it must wait."""
-        known = self._parser.known.get(line)
+        known = self._known.get(line)
         if known is not None:
             return self._answer_known(known, line)
         self._metrics.requests_total += 1
@@ -232,16 +261,15 @@ class Session:
         return reply + ending_of(line)
 
     def _answer_known(self, known: KnownLine, line: bytes) -> bytes:
-        request = known.request
-        metrics = self._metrics
-        metrics.requests_total += 1
+        count = known.count
+        self._metrics.requests_total += 1
         try:
-            first = self._take(request.service, request.count)
+            first = self._take(known.service, count)
         except IdallocError as error:
-            return self._refuse_alloc(request, error) + ending_of(line)
+            return self._refuse_alloc(known.request, error) + ending_of(line)
         if first is None:
-            return self._begin_waiting(request, line)
-        metrics.ids_total += request.count
+            return self._begin_waiting(known.request, line)
+        self._metrics.ids_total += count
         return known.reply % first
 
     def _answer_alloc(self, request: Alloc, line: bytes) -> bytes:

@@ -15,7 +15,17 @@ from hypothesis import strategies as st
 
 from idalloc_tcp import config, kinds
 from idalloc_tcp.address import TcpAddress, UnixAddress
-from idalloc_tcp.config import Fallback, Lane, Flag, Loaded, LogFormat, LogLevel, Settings, load, setting
+from idalloc_tcp.config import (
+    Fallback,
+    Flag,
+    Lane,
+    Loaded,
+    LogFormat,
+    LogLevel,
+    Settings,
+    load,
+    setting,
+)
 from idalloc_tcp.errors import SettingsError
 from idalloc_tcp.pool import MAX_ID
 

@@ -26,6 +26,8 @@ CONVERSATION: Final = (
 )
 RSS_MIB_MAX: Final = 32.0
 
+pytestmark = pytest.mark.usefixtures("serving_variant")
+
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:

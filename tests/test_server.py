@@ -26,6 +26,8 @@ LONG_LINE_BYTES: Final = 1_000_000
 SILENT_CLIENTS: Final = 300
 RESETS: Final = 60
 
+pytestmark = pytest.mark.usefixtures("serving_variant")
+
 
 @pytest.fixture(params=ADDRESS_KINDS)
 def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:

@@ -30,6 +30,8 @@ HUNG_SECONDS: Final = 3600.0
 #: What a stop may take beyond the bounds that it was given: these machines are busy.
 SLACK_SECONDS: Final = 1.0
 
+pytestmark = pytest.mark.usefixtures("serving_variant")
+
 
 @pytest.fixture(params=ADDRESS_KINDS)
 def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
