@@ -1,6 +1,6 @@
 """A session without a network: what a lane does for it, and bytes as they arrive, cut anywhere."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import Final, final
 
@@ -37,21 +37,34 @@ def report(service: str | None) -> Iterable[Row]:
 @final
 @attrs.define(eq=False)
 class Lane:
-    """A session, and what moves its bytes. Every service's IDs start at 1."""
+    """A session, and what moves its bytes. Every service's IDs start at 1.
 
+    Args:
+        is_short: use the session's short way where it is open, as the sweep does.
+    """
+
+    is_short: bool = False
     #: Service -> the last ID of it that was given away.
     taken: dict[str, int] = attrs.field(init=False, factory=dict)
     metrics: Metrics = attrs.field(init=False, factory=Metrics)
     session: Session = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        self.session = Session(RequestParser(MAX_COUNT), self.take, report, self.metrics)
+        self.session = Session(
+            RequestParser(MAX_COUNT), self.take, report, self.metrics, take_runs=self.take_runs
+        )
 
     def take(self, service: str, count: int) -> int | None:
         """The first of `count` IDs, if they need no waiting for."""
         if service == SPENT:
             raise Exhausted("no IDs are left")
         return None if service == SLOW else self.give(service, count)
+
+    def take_runs(self, wanted: Mapping[str, int]) -> Mapping[str, int] | None:
+        """The first of as many IDs of each, unless one must be waited for, or is spent."""
+        if {SLOW, SPENT} & set(wanted):
+            return None
+        return {service: self.give(service, ids) for service, ids in wanted.items()}
 
     def give(self, service: str, count: int) -> int:
         """The first of `count` IDs."""
@@ -61,9 +74,11 @@ class Lane:
 
     def send(self, data: bytes) -> bytes:
         """All replies that `data`, or with b"" its end, brings; what waits gets its IDs."""
-        session = self.session
-        session.receive(data)
-        replies = b""
+        session, replies = self.session, b""
+        if self.is_short and session.is_at_rest:
+            replies = session.exchange(data)
+        else:
+            session.receive(data)
         for _ in range(STEPS_MAX):
             replies += session.advance()
             if session.waiting:

@@ -43,9 +43,11 @@ STREAMS: Final = st.builds(
 TAILS: Final = VALID | INVALID | OVER_LONG | JUNK | LAST_WORDS
 
 
-def outcome(pieces: list[bytes]) -> tuple[bytes, dict[str, int], list[Row]]:
+def outcome(
+    pieces: list[bytes], *, is_short: bool = False
+) -> tuple[bytes, dict[str, int], list[Row]]:
     """All that a conversation brings about: replies, IDs that are gone, counters."""
-    lane = Lane()
+    lane = Lane(is_short)
     return lane.converse(pieces), lane.taken, list(lane.metrics.rows())
 
 
@@ -66,6 +68,21 @@ def test_replies_do_not_depend_on_how_the_stream_was_split(
     assert outcome(chunks(data, range(3000))) == whole
     if len(tail) <= LINE_BYTES_MAX:
         assert outcome(chunks(stream, [])) == whole
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.builds(bytes.__mul__, LIVING, st.integers(1, 4)), max_size=12).map(b"".join),
+    st.just(b"") | TAILS,
+    st.lists(st.integers(0, 1500), max_size=30),
+)
+def test_the_short_way_is_the_long_way(stream: bytes, tail: bytes, cuts: list[int]) -> None:
+    """What was seen before is answered, counted and taken just as at its first time."""
+    pieces = chunks(stream + tail, cuts)
+    again = [stream, *pieces]  # By then the lines are known.
+    assert outcome(again, is_short=True) == outcome(again)
+    by_line = stream.splitlines(keepends=True)
+    assert outcome([stream, *by_line, tail], is_short=True) == outcome([stream, *by_line, tail])
 
 
 def test_a_very_long_line_byte_by_byte() -> None:
