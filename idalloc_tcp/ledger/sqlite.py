@@ -5,8 +5,9 @@ runs it in a thread. The safety argument:
 
 * A lease is one statement in one IMMEDIATE transaction, in WAL mode with `synchronous=FULL`.
   It is returned only after its COMMIT has succeeded, and so is on the disk before anybody can
-  use it (rule 1, *lead*). A COMMIT that failed gave nothing to anybody; whatever became of it,
-  the next lease is cut from the row as it is then.
+  use it (rule 1, *lead*). Leases of several tasks share a transaction. A COMMIT that failed
+  gave nothing to anybody; whatever became of it, the next lease is cut from the row as it is
+  then.
 * A ledger never starts again from 1 by accident. A new file is made complete under another
   name and then linked into place, so a file that is empty, cut short or not ours is damage or
   a mistake, and is refused. A write-ahead log without its file is refused too: the file is
@@ -30,6 +31,7 @@ import trio
 
 from idalloc_tcp.errors import Exhausted, StartRefused, Unavailable
 from idalloc_tcp.ledger import Tail
+from idalloc_tcp.ledger.group_commit import GroupCommit
 from idalloc_tcp.pool import Segment
 
 #: How long to wait for another process that is leasing from the same file.
@@ -82,6 +84,17 @@ _PROBLEMS: Final = {
 
 
 @final
+@attrs.frozen
+class LeaseRequest:
+    """What `Ledger.lease` was asked for."""
+
+    service: str
+    size: int
+    floor: int
+    ceiling: int
+
+
+@final
 @attrs.define(eq=False)
 class LedgerFile:
     """The ledger's file, opened and checked. Synchronous; for one thread at a time."""
@@ -115,24 +128,14 @@ class LedgerFile:
                 raise
             return file
 
-    def lease(self, service: str, size: int, *, floor: int, ceiling: int) -> Segment:
-        """As `Ledger.lease`."""
-        exhausted = Exhausted(f"{service}: a lease of {size} would pass its ceiling {ceiling}")
-        if floor + size > ceiling:
-            raise exhausted
-        request = {
-            "service": service,
-            "size": size,
-            "floor": floor,
-            "ceiling": ceiling,
-            "first_last": floor + size,
-        }
+    def lease_all(self, requests: Sequence[LeaseRequest]) -> list[Segment | Exhausted]:
+        """As `Ledger.lease`, each in its turn; one that is exhausted leaves the others alone.
+
+        Raises:
+            Unavailable: whether any was leased is not known; they are all lost.
+        """
         with self._transaction():
-            rows = self._db.execute(_LEASE, request).fetchall()
-            if not rows:
-                raise exhausted
-            last = rows[0][0]
-            return Segment(last - size + 1, last + 1)
+            return [self._lease(request) for request in requests]
 
     def give_back(self, tails: Sequence[Tail]) -> list[bool]:
         """As `Ledger.give_back`."""
@@ -143,6 +146,18 @@ class LedgerFile:
         """Close it; never raises. The last to close leaves a single file, without a log."""
         with suppress(sqlite3.Error):
             self._db.close()
+
+    def _lease(self, request: LeaseRequest) -> Segment | Exhausted:
+        first_last = request.floor + request.size
+        if first_last <= request.ceiling:
+            values = attrs.asdict(request) | {"first_last": first_last}
+            rows = self._db.execute(_LEASE, values).fetchall()
+            if rows:
+                last = rows[0][0]
+                return Segment(last - request.size + 1, last + 1)
+        return Exhausted(
+            f"{request.service}: a lease of {request.size} would pass its ceiling {request.ceiling}"
+        )
 
     def _give_back(self, tail: Tail) -> bool:
         request = {
@@ -199,6 +214,10 @@ class SqliteLedger:
 
     _file: LedgerFile
     _one_at_a_time: trio.CapacityLimiter
+    _leases: GroupCommit[LeaseRequest, Segment | Exhausted] = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._leases = GroupCommit(self._lease_all)
 
     @classmethod
     async def open(cls, path: Path, *, busy_timeout_seconds: float = BUSY_TIMEOUT_SECONDS) -> Self:
@@ -213,8 +232,15 @@ class SqliteLedger:
 
     async def lease(self, service: str, size: int, *, floor: int, ceiling: int) -> Segment:
         """As `Ledger.lease`."""
-        lease = partial(self._file.lease, service, size, floor=floor, ceiling=ceiling)
-        return await trio.to_thread.run_sync(lease, limiter=self._one_at_a_time)
+        answer = await self._leases.ask(LeaseRequest(service, size, floor, ceiling))
+        if isinstance(answer, Exhausted):
+            raise answer
+        return answer
+
+    async def _lease_all(self, requests: Sequence[LeaseRequest]) -> list[Segment | Exhausted]:
+        return await trio.to_thread.run_sync(
+            self._file.lease_all, requests, limiter=self._one_at_a_time
+        )
 
     async def give_back(self, tails: Sequence[Tail]) -> list[bool]:
         """As `Ledger.give_back`."""

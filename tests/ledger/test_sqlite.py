@@ -17,7 +17,7 @@ import trio.testing
 from idalloc_tcp.errors import Exhausted, StartRefused, Unavailable
 from idalloc_tcp.ledger import Tail
 from idalloc_tcp.ledger import sqlite as module
-from idalloc_tcp.ledger.sqlite import APPLICATION_ID, LedgerFile, SqliteLedger
+from idalloc_tcp.ledger.sqlite import APPLICATION_ID, LeaseRequest, LedgerFile, SqliteLedger
 from idalloc_tcp.pool import MAX_ID, Segment
 
 PROJECT: Final = Path(__file__).parents[2]
@@ -32,7 +32,9 @@ def opened(path: Path, busy_timeout_seconds: float = 5.0) -> Iterator[LedgerFile
 
 def lease(file: LedgerFile, size: int, service: str = "orders") -> Segment:
     """A lease without a floor, under the highest ceiling."""
-    return file.lease(service, size, floor=0, ceiling=MAX_ID)
+    [answer] = file.lease_all([LeaseRequest(service, size, 0, MAX_ID)])
+    assert isinstance(answer, Segment)
+    return answer
 
 
 def make(path: Path) -> None:
@@ -231,8 +233,8 @@ def test_failed_lease_leaves_no_lock_behind(tmp_path: Path) -> None:
         closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as other,
     ):
         lease(file, 100)
-        with pytest.raises(Exhausted):
-            file.lease("orders", 1, floor=0, ceiling=100)
+        [answer] = file.lease_all([LeaseRequest("orders", 1, 0, 100)])
+        assert isinstance(answer, Exhausted)
         other.execute("BEGIN IMMEDIATE")
         other.execute("ROLLBACK")
         for size in (0, -50):
@@ -344,14 +346,42 @@ async def test_lease_under_way_is_seen_through_a_cancel(tmp_path: Path) -> None:
             nursery.start_soon(lease_one)
             nursery.start_soon(lease_one)
             await trio.testing.wait_all_tasks_blocked()
-            queue = ledger._one_at_a_time.statistics()
-            assert (queue.borrowed_tokens, queue.tasks_waiting) == (1, 1)
+            assert (ledger._one_at_a_time.borrowed_tokens, ledger._leases.waiting) == (1, 1)
             nursery.cancel_scope.cancel()
             other.execute("ROLLBACK")
     assert segments == [Segment(1, 101)]
     assert await ledger.lease("orders", 1, floor=0, ceiling=MAX_ID) == Segment(101, 102)
     await ledger.aclose()
     assert os.listdir(tmp_path) == ["ids.db"]
+
+
+async def test_flood_of_new_services_is_a_few_commits(tmp_path: Path) -> None:
+    """However many lease at once, the disk is flushed for few of them; each gets its own."""
+    services, flushes = 500, 0
+    ledger = await SqliteLedger.open(tmp_path / "ids.db")
+    answers: list[Segment | Exhausted] = []
+
+    def count_commits(statement: str) -> None:
+        nonlocal flushes
+        flushes += statement == "COMMIT"
+
+    async def lease_one(number: int) -> None:
+        ceiling = 9 if number % 10 == 0 else MAX_ID
+        try:
+            segment = await ledger.lease(f"service-{number}", 10, floor=0, ceiling=ceiling)
+        except Exhausted as error:
+            answers.append(error)
+        else:
+            answers.append(segment)
+
+    ledger._file._db.set_trace_callback(count_commits)
+    async with trio.open_nursery() as nursery:
+        for number in range(services):
+            nursery.start_soon(lease_one, number)
+    assert flushes == 2
+    assert sum(isinstance(answer, Exhausted) for answer in answers) == services // 10
+    assert answers.count(Segment(1, 11)) == services - services // 10
+    await ledger.aclose()
 
 
 async def test_closing_does_not_wait_for_ever(

@@ -13,7 +13,8 @@ from typing import Final
 import pytest
 
 from idalloc_tcp.ledger.sqlite import LedgerFile
-from idalloc_tcp.pool import MAX_ID, Segment
+from idalloc_tcp.pool import Segment
+from tests.ledger.test_sqlite import lease
 
 PROJECT: Final = Path(__file__).parents[2]
 PROCESSES: Final = 4
@@ -28,7 +29,7 @@ StartLeasing = Callable[[Path, int, int], Process]
 LEASE: Final = f"""
 import signal, sys
 from pathlib import Path
-from idalloc_tcp.ledger.sqlite import LedgerFile
+from idalloc_tcp.ledger.sqlite import LeaseRequest, LedgerFile
 
 signal.alarm({DEADLINE_SECONDS})
 path, leases, size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
@@ -36,7 +37,7 @@ print("ready", flush=True)
 sys.stdin.readline()
 file = LedgerFile.open(path)
 for _ in range(leases):
-    segment = file.lease("orders", size, floor=0, ceiling=2**63 - 1)
+    [segment] = file.lease_all([LeaseRequest("orders", size, 0, 2**63 - 1)])
     print(segment.start, segment.stop, flush=True)
 file.close()
 """
@@ -143,7 +144,7 @@ def test_nothing_repeats_after_kill_9(tmp_path: Path, start_leasing: StartLeasin
         segments = [Segment(*map(int, line.split())) for line in lines] + finish(process)
         assert process.returncode == -signal.SIGKILL
         with closing(LedgerFile.open(path)) as file:
-            segments.append(file.lease("orders", 10, floor=0, ceiling=MAX_ID))
+            segments.append(lease(file, 10))
         for segment in segments:
             assert segment.start > highest
             highest = segment.last
@@ -179,4 +180,4 @@ def test_file_is_there_as_a_whole_or_not_at_all(
     assert process.returncode == -signal.SIGKILL
     assert path.exists() == ((step, moment) == ("link", "after"))
     with closing(LedgerFile.open(path)) as file:
-        assert file.lease("orders", 10, floor=0, ceiling=MAX_ID) == Segment(1, 11)
+        assert lease(file, 10) == Segment(1, 11)

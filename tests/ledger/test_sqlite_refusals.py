@@ -245,7 +245,7 @@ import resource, sys
 from contextlib import suppress
 from pathlib import Path
 from idalloc_tcp.errors import StartRefused, Unavailable
-from idalloc_tcp.ledger.sqlite import LedgerFile
+from idalloc_tcp.ledger.sqlite import LeaseRequest, LedgerFile
 
 kind, directory = sys.argv[1], Path(sys.argv[2])
 path, filler = directory / "ids.db", directory / "filler"
@@ -270,7 +270,7 @@ def attempt(action):
         print(type(exc).__name__, exc)
 
 def lease():
-    segment = ledger.lease("orders", 100, floor=0, ceiling=2**63 - 1)
+    [segment] = ledger.lease_all([LeaseRequest("orders", 100, 0, 2**63 - 1)])
     print(segment.start)
 
 take_all_room()
