@@ -44,7 +44,8 @@ class Service:
     name: str
     pool: Pool
     demand: Demand
-    #: Why the last fetch failed; whoever finds the pool empty is told so at once.
+    #: Why the last fetch failed; whoever finds the pool empty is told so at once, until a pause
+    #: has passed in which nobody asked.
     trouble: Unavailable | Exhausted | None = attrs.field(init=False, default=None)
     #: IDs that requests are waiting for.
     waiting_ids: int = attrs.field(init=False, default=0)
@@ -91,17 +92,22 @@ class Service:
     async def prefetch(self, reserve: Reserve) -> None:
         """Fetch a segment whenever the bell rings, until stopped."""
         backoff = Backoff()
+        has_failed = False
         while await self._rung():
-            if self.trouble is None:  # From refill to refill: an attempt that failed is none.
+            if not has_failed:  # From refill to refill: an attempt that failed is none.
                 self.demand.measure(self.pool.served_ids, trio.current_time())
             size = min(max(self.demand.size, self.waiting_ids), self.demand.policy.largest)
             self.is_fetching = True
             try:
                 segment = await reserve(self.name, size)
             except (Unavailable, Exhausted) as error:
+                has_failed = True
                 self._fail(error)
                 await self._pause(backoff.next_seconds())
+                if not self._is_rung:
+                    self.trouble = None  # Old news: the next request finds out how things are.
             else:
+                has_failed = False
                 backoff.reset()
                 self._deliver(segment)
 
@@ -157,12 +163,9 @@ class Service:
         self._channel[0].send_nowait(segment)
 
     def _fail(self, error: Unavailable | Exhausted) -> None:
-        """Tell who waits. The bell stays rung: a store that is back should be noticed.
-
-        Not so when the IDs are used up: then only a request is worth another look.
-        """
+        """Tell who waits. Only another request is worth another look at the store."""
         self.is_fetching = False
         self.trouble = error
-        self._is_rung = isinstance(error, Unavailable)
+        self._is_rung = False
         if self._channel[0].statistics().tasks_waiting_receive:
             self._channel[0].send_nowait(None)

@@ -230,17 +230,32 @@ async def test_waiters_are_told_of_the_first_failure(autojump_clock: MockClock) 
             service.take(1)
 
 
-async def test_store_that_is_back_is_noticed_without_a_request(autojump_clock: MockClock) -> None:
-    """After a failure the fetch is repeated by itself, and its success ends the trouble."""
+async def test_first_request_after_an_outage_gets_ids(autojump_clock: MockClock) -> None:
+    """However long nobody asked, trouble that is over is not told of: the request waits for IDs."""
+    source = Source(delay_seconds=0.5)
+    async with running(source) as service:
+        with source.failing(Unavailable("down")):
+            for _ in range(10):
+                with pytest.raises(Unavailable):
+                    await take_or_wait(service, 1)
+                await trio.sleep(1)
+            await trio.sleep(4 * LONGEST_SECONDS)
+        asked_at = trio.current_time()
+        assert await take_or_wait(service, 1) == 1
+        assert trio.current_time() == pytest.approx(asked_at + 0.5)
+        assert service.trouble is None
+
+
+async def test_clients_who_keep_asking_are_served_soon(autojump_clock: MockClock) -> None:
+    """A request that was refused has the store looked at again as soon as the pause is over."""
     source = Source()
     async with running(source) as service:
         with source.failing(Unavailable("down")):
-            with pytest.raises(Unavailable):
-                await take_or_wait(service, 1)
-            await trio.sleep(30)
+            await attempts_of_an_impatient_client(service, source)
+        with pytest.raises(Unavailable):
+            service.take(1)
         await trio.sleep(LONGEST_SECONDS)
         assert service.take(1) == 1
-        assert service.trouble is None
 
 
 async def test_trouble_does_not_keep_a_pool_from_serving(autojump_clock: MockClock) -> None:
@@ -253,7 +268,7 @@ async def test_trouble_does_not_keep_a_pool_from_serving(autojump_clock: MockClo
             await trio.sleep(10)
             assert [service.take(3), service.take(1)] == [7, 10]
             with pytest.raises(Unavailable):
-                service.take(1)
+                await take_or_wait(service, 1)
 
 
 @pytest.mark.parametrize("trouble", [Unavailable("down"), Exhausted("none left")])
@@ -299,14 +314,19 @@ async def test_first_attempts_follow_each_other_quickly(autojump_clock: MockCloc
                     await take_or_wait(service, 10)
                 await trio.sleep(outage_seconds)
             await trio.sleep(FIRST_SECONDS if outage_seconds == 0 else LONGEST_SECONDS)
-            assert service.take(10) is not None
+            asked_at = trio.current_time()
+            assert await take_or_wait(service, 10) == source.next_id - 10
+            assert trio.current_time() == asked_at
 
 
-async def test_used_up_service_is_asked_for_only_on_demand(autojump_clock: MockClock) -> None:
-    """Exhausted is an answer: nothing is fetched again until somebody asks again."""
-    source = Source(trouble=Exhausted("none left"))
+@pytest.mark.parametrize("trouble", [Unavailable("down"), Exhausted("none left")])
+async def test_service_in_trouble_is_fetched_for_only_on_demand(
+    autojump_clock: MockClock, trouble: Unavailable | Exhausted
+) -> None:
+    """A refusal is an answer: nothing is fetched again until somebody asks again."""
+    source = Source(trouble=trouble)
     async with running(source) as service:
-        with pytest.raises(Exhausted):
+        with pytest.raises(type(trouble)):
             await take_or_wait(service, 1)
         await trio.sleep(10)
         attempts = len(source.sizes)
@@ -314,10 +334,7 @@ async def test_used_up_service_is_asked_for_only_on_demand(autojump_clock: MockC
         await trio.sleep(1_000)
         assert len(source.sizes) == attempts
         source.trouble = None
-        with pytest.raises(Exhausted):
-            service.take(1)
-        await trio.sleep(LONGEST_SECONDS)
-        assert service.take(1) == 1
+        assert await take_or_wait(service, 1) == 1
 
 
 async def test_nothing_is_fetched_without_demand(autojump_clock: MockClock) -> None:
@@ -397,11 +414,15 @@ async def test_rows_say_what_is_going_on(autojump_clock: MockClock) -> None:
         source.trouble = Unavailable("down")
         service.take(1)
         await trio.sleep(1)
+        source.delay_seconds = 1
         async with trio.open_nursery() as nursery:
-            service.trouble = None
             nursery.start_soon(service.wait, 5_000)
             await wait_all_tasks_blocked()
             assert dict(service.rows())["waiting_ids"] == 5_000
             nursery.cancel_scope.cancel()
-        await trio.sleep(2)
+        source.delay_seconds = 0
+        with pytest.raises(Unavailable):
+            await take_or_wait(service, 5_000)
         assert dict(service.rows())["trouble"] == "unavailable"
+        await trio.sleep(4 * LONGEST_SECONDS)
+        assert dict(service.rows())["trouble"] == "none"
