@@ -19,12 +19,12 @@ runs it in a thread. The safety argument:
 import os
 import sqlite3
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Final, Self, final
+from typing import Final, Self, TypeVar, final
 
 import attrs
 import trio
@@ -33,6 +33,8 @@ from idalloc_tcp.errors import Exhausted, StartRefused, Unavailable
 from idalloc_tcp.ledger import Tail
 from idalloc_tcp.ledger.group_commit import GroupCommit
 from idalloc_tcp.pool import Segment
+
+_T = TypeVar("_T")
 
 #: How long to wait for another process that is leasing from the same file.
 BUSY_TIMEOUT_SECONDS: Final = 5.0
@@ -228,7 +230,10 @@ class SqliteLedger:
         """
         limiter = trio.CapacityLimiter(1)
         open_file = partial(LedgerFile.open, path, busy_timeout_seconds=busy_timeout_seconds)
-        return cls(await trio.to_thread.run_sync(open_file, limiter=limiter), limiter)
+        try:
+            return cls(await _in_thread(open_file, limiter), limiter)
+        except Unavailable as exc:
+            raise StartRefused(str(exc)) from exc
 
     async def lease(self, service: str, size: int, *, floor: int, ceiling: int) -> Segment:
         """As `Ledger.lease`."""
@@ -238,20 +243,31 @@ class SqliteLedger:
         return answer
 
     async def _lease_all(self, requests: Sequence[LeaseRequest]) -> list[Segment | Exhausted]:
-        return await trio.to_thread.run_sync(
-            self._file.lease_all, requests, limiter=self._one_at_a_time
-        )
+        return await _in_thread(partial(self._file.lease_all, requests), self._one_at_a_time)
 
     async def give_back(self, tails: Sequence[Tail]) -> list[bool]:
         """As `Ledger.give_back`."""
-        return await trio.to_thread.run_sync(
-            self._file.give_back, tails, limiter=self._one_at_a_time
-        )
+        return await _in_thread(partial(self._file.give_back, tails), self._one_at_a_time)
 
     async def aclose(self) -> None:
         """As `Ledger.aclose`: closes even if the caller is being cancelled."""
         with trio.move_on_after(CLOSE_TIMEOUT_SECONDS, shield=True):
-            await trio.to_thread.run_sync(self._file.close, limiter=self._one_at_a_time)
+            try:
+                await _in_thread(self._file.close, self._one_at_a_time)
+            except Unavailable:
+                self._file.close()  # It was our turn, so no thread uses the file.
+
+
+async def _in_thread(call: Callable[[], _T], limiter: trio.CapacityLimiter) -> _T:
+    """Run it when its turn has come.
+
+    Raises:
+        Unavailable: the machine has no thread to spare; it was not run.
+    """
+    try:
+        return await trio.to_thread.run_sync(call, limiter=limiter)
+    except RuntimeError as exc:  # Only of the start: nothing that runs here raises one.
+        raise Unavailable(f"the data file cannot be used: {exc}") from exc
 
 
 def _connect(path: Path, busy_timeout_seconds: float) -> sqlite3.Connection:

@@ -394,3 +394,29 @@ async def test_closing_does_not_wait_for_ever(
         await ledger.aclose()
     assert await ledger.lease("orders", 1, floor=0, ceiling=MAX_ID) == Segment(1, 2)
     await ledger.aclose()
+
+
+async def test_machine_without_a_thread_to_spare(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the limit of processes a lease fails but nothing ends, and the file can be closed."""
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    path = tmp_path / "ids.db"
+    ledger = await SqliteLedger.open(path)
+    assert await ledger.lease("orders", 100, floor=0, ceiling=MAX_ID) == Segment(1, 101)
+    with monkeypatch.context() as limited:
+        limited.setattr("trio._threads.start_thread_soon", refuse)
+        with pytest.raises(Unavailable, match="can't start new thread"):
+            await ledger.lease("orders", 1, floor=0, ceiling=MAX_ID)
+        with pytest.raises(Unavailable, match="can't start new thread"):
+            await ledger.give_back([Tail("orders", Segment(1, 101))])
+        with pytest.raises(StartRefused, match="can't start new thread"):
+            await SqliteLedger.open(path)
+    assert await ledger.lease("orders", 1, floor=0, ceiling=MAX_ID) == Segment(101, 102)
+    with monkeypatch.context() as limited:
+        limited.setattr("trio._threads.start_thread_soon", refuse)
+        await ledger.aclose()
+    assert os.listdir(tmp_path) == ["ids.db"]
