@@ -26,6 +26,8 @@ nobody owns the same thing twice, and that is what these rules see to:
 7. *Never backwards.* About the order of replies; kept by `pool`.
 8. *Give back, or leave a gap.* A tail goes back once, to where it came from, by compare-and-set:
    only if nothing above it was given away. A floor follows it down only if it stood on that tail.
+   While a tail goes back to the ledger nothing is leased for its service, for that would begin
+   above a floor that is about to fall, and leave a gap that nobody counts.
 
 The original idalloc leads with its counter, and its row may be behind. What it wrote is marked by
 a version below 2^63-1, and nothing of the above holds for it. Until it is taken over
@@ -38,6 +40,7 @@ from functools import partial
 from typing import Final, Protocol, TypeVar, final
 
 import attrs
+import trio
 
 from idalloc_tcp import log
 from idalloc_tcp.counter import Counter, Cut, Reason, Refusal, State
@@ -47,11 +50,14 @@ from idalloc_tcp.ledger import Ledger, SharedLedger, Tail
 from idalloc_tcp.metrics import Metrics
 from idalloc_tcp.pool import Segment
 from idalloc_tcp.recent import Recent
+from idalloc_tcp.underway import Underway
 
 _T = TypeVar("_T")
 
 #: How many tails go back in one request to the ledger.
 TAILS_MAX: Final = 1_000
+#: How long a lease waits for tails of its service that are on their way back.
+RETURN_SECONDS: Final = 3.0
 #: Looking at a counter, mending it and looking again ends after so many turns.
 TURNS_MAX: Final = 4
 
@@ -86,6 +92,9 @@ class Reservation:
     metrics: Metrics
     health: Health = attrs.field(init=False, factory=lambda: Health("the ledger"))
     _floors: Recent = attrs.field(init=False, factory=Recent)
+    #: Never both for one service.
+    _leases: Underway = attrs.field(init=False, factory=Underway)
+    _returns: Underway = attrs.field(init=False, factory=Underway)
 
     async def reserve(self, service: str, size: int, way: Lease | None = None) -> Segment:
         """A segment of `size` IDs that nobody else ever gets; smaller only near the ceiling.
@@ -113,8 +122,13 @@ class Reservation:
         Raises:
             Exhausted, Unavailable: as `reserve`.
         """
-        floor, ceiling = self.floor(service), self.ceiling_of(service)
-        segment = await self.ask(partial(lease, service, size, floor=floor, ceiling=ceiling))
+        with trio.move_on_after(RETURN_SECONDS) as patience:
+            await self._returns.end(service)
+        if patience.cancelled_caught:
+            raise Unavailable("the store of IDs is slow to take some back; retry later")
+        with self._leases.begin([service]):
+            floor, ceiling = self.floor(service), self.ceiling_of(service)
+            segment = await self.ask(partial(lease, service, size, floor=floor, ceiling=ceiling))
         if segment.start <= floor:
             raise Unavailable(f"the ledger leased {service} below its floor; it lost commits")
         self.remember(service, segment.last)
@@ -135,16 +149,25 @@ class Reservation:
 
     async def give_back(self, tails: Sequence[Tail]) -> None:
         """Return what was not served; what cannot be returned is counted as a gap."""
-        for start in range(0, len(tails), TAILS_MAX):
-            batch = tails[start : start + TAILS_MAX]
-            try:
-                returned = await self.ask(partial(self._ledger.give_back, batch))
-            except Unavailable:
-                returned = [False] * len(batch)
-            for tail, is_back in zip(batch, returned, strict=True):
-                self.settle(tail, is_back=is_back)
-                if is_back and self.floor(tail.service) == tail.segment.last:
-                    self._floors.set(tail.service, tail.segment.start - 1)
+        free = []
+        for tail in tails:
+            if tail.service in self._leases:  # Above it, for all we know.
+                self.settle(tail, is_back=False)
+            else:
+                free.append(tail)
+        with self._returns.begin(tail.service for tail in free):
+            for start in range(0, len(free), TAILS_MAX):
+                await self._give_back(free[start : start + TAILS_MAX])
+
+    async def _give_back(self, tails: Sequence[Tail]) -> None:
+        try:
+            returned = await self.ask(partial(self._ledger.give_back, tails))
+        except Unavailable:
+            returned = [False] * len(tails)
+        for tail, is_back in zip(tails, returned, strict=True):
+            self.settle(tail, is_back=is_back)
+            if is_back and self.floor(tail.service) == tail.segment.last:
+                self._floors.set(tail.service, tail.segment.start - 1)
 
     def settle(self, tail: Tail, *, is_back: bool) -> None:
         """Count what became of a tail."""

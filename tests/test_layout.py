@@ -15,7 +15,7 @@ ROOT: Final = Path(idalloc_tcp.__file__).parent
 #: Every module and sub-package, in the only direction in which imports may point: to the left.
 ORDER: Final = (
     *("errors", "names", "address", "kinds", "config", "metrics", "log", "protocol", "session"),
-    *("pool", "sizing", "recent", "backoff", "health", "bridge", "ledger", "counter"),
+    *("pool", "sizing", "recent", "underway", "backoff", "health", "bridge", "ledger", "counter"),
     *("reservation", "sync", "fallback", "service", "allocator", "stores"),
     *("lanes", "connection", "listeners", "server", "client", "composition", "cli", "__main__"),
 )

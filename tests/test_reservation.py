@@ -8,7 +8,7 @@ import pytest
 import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trio.testing import MockClock
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from idalloc_tcp import reservation as module
 from idalloc_tcp.errors import Exhausted, Unavailable
@@ -253,6 +253,54 @@ async def test_giving_nothing_back_asks_nobody(rig: Rig) -> None:
     """No tails, no request."""
     await rig.give_back()
     assert rig.recorder.give_back_calls == []
+
+
+async def test_lease_waits_for_the_tails_of_its_service(
+    rig: Rig, autojump_clock: MockClock
+) -> None:
+    """Give back: a lease that comes meanwhile begins where the tail did; others do not wait."""
+    await rig.reserve(100)
+    rig.ledger.delay_seconds = rig.ledger.reply_seconds = 1
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(rig.give_back, Segment(61, 101))
+        await wait_all_tasks_blocked()
+        nursery.start_soon(rig.reserve, 10, "users")
+        assert await rig.reserve(100) == Segment(61, 161)
+    assert trio.current_time() == 4
+    assert rig.metrics.returned_ids_total == 40
+    assert not rig.metrics.gap_ids_total
+
+
+async def test_lease_does_not_wait_for_tails_for_ever(rig: Rig, autojump_clock: MockClock) -> None:
+    """Give back: while a ledger hangs on tails, a lease fails in time, and is not sent."""
+    await rig.reserve(100)
+    rig.ledger.delay_seconds = 100
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(rig.give_back, Segment(61, 101))
+        await wait_all_tasks_blocked()
+        with pytest.raises(Unavailable, match="slow"):
+            await rig.reserve(100)
+        assert trio.current_time() == module.RETURN_SECONDS
+        nursery.cancel_scope.cancel()
+    rig.ledger.delay_seconds = 0
+    assert rig.sizes == [100]
+    assert await rig.reserve(100) == Segment(101, 201)
+
+
+async def test_tail_stays_a_gap_while_its_service_is_leased(
+    rig: Rig, autojump_clock: MockClock
+) -> None:
+    """Give back: a lease under way may begin above the tail, so it counts as a gap at once."""
+    await rig.reserve(100)
+    rig.ledger.delay_seconds = 1
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(rig.reserve, 100)
+        await wait_all_tasks_blocked()
+        await rig.give_back(Segment(61, 101))
+    assert rig.ledger.leases[-1].segment == Segment(101, 201)
+    assert rig.recorder.give_back_calls == []
+    assert rig.metrics.returned_ids_total == 0
+    assert rig.metrics.gap_ids_total == {"unreturned": 40}
 
 
 async def test_size_is_halved_near_the_ceiling() -> None:
