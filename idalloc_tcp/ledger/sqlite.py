@@ -12,13 +12,13 @@ runs it in a thread. The safety argument:
   name and then linked into place, so a file that is empty, cut short or not ours is damage or
   a mistake, and is refused. A write-ahead log without its file is refused too: the file is
   missing.
-* A file that was moved, deleted or replaced while it is open gives no more leases: another
-  server may have started on a new file in its place.
+* A file that was moved, deleted or replaced while it is open, or its log was, gives no more
+  leases: another server may have started on a new file in its place. Nor does one that servers
+  can reach by two names (see `place`).
 """
 
 import os
 import sqlite3
-import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from functools import partial
@@ -32,6 +32,16 @@ import trio
 from idalloc_tcp.errors import Exhausted, StartRefused, Unavailable
 from idalloc_tcp.ledger import Tail
 from idalloc_tcp.ledger.group_commit import GroupCommit
+from idalloc_tcp.ledger.place import (
+    DRAFT,
+    DRAFT_PREFIX,
+    Identity,
+    check_file,
+    companions,
+    fsync,
+    identity_of,
+    make_directory,
+)
 from idalloc_tcp.pool import Segment
 
 _T = TypeVar("_T")
@@ -103,7 +113,8 @@ class LedgerFile:
 
     path: Path
     _db: sqlite3.Connection
-    _identity: tuple[int, int]
+    #: Which files it is made of, from when they were first seen.
+    _identities: dict[Path, Identity]
 
     @classmethod
     def open(cls, path: Path, *, busy_timeout_seconds: float = BUSY_TIMEOUT_SECONDS) -> Self:
@@ -118,13 +129,14 @@ class LedgerFile:
         path = Path(os.path.abspath(path))
         with _refusing(path):
             _make_if_missing(path)
-            identity = _check_file(path)
+            identity = check_file(path)
             db = _connect(path, busy_timeout_seconds)
             try:
                 _check_content(db, path)
                 _make_durable(db, path)
-                file = cls(path, db, identity)
+                file = cls(path, db, {path: identity})
                 file._prove_writable()
+                file._remember_companions()
             except BaseException:
                 db.close()
                 raise
@@ -193,16 +205,22 @@ class LedgerFile:
             with suppress(sqlite3.Error):
                 self._db.rollback()  # does nothing after a COMMIT
 
+    def _remember_companions(self) -> None:
+        """They stay as long as the file is open; whoever closes it last removes them."""
+        for companion in companions(self.path):
+            self._identities[companion] = identity_of(companion)
+
     def _check_in_place(self) -> None:
-        try:
-            in_place = _identity_of(os.stat(self.path)) == self._identity
-        except OSError:
-            in_place = False
-        if not in_place:
-            raise Unavailable(
-                f"{self.path} was moved, deleted or replaced while in use: "
-                "put the right file in its place and restart every server that uses it"
-            )
+        for path, identity in self._identities.items():
+            try:
+                in_place = identity_of(path) == identity
+            except OSError:
+                in_place = False
+            if not in_place:
+                raise Unavailable(
+                    f"{path} was moved, deleted or replaced while in use: stop every server that "
+                    "uses it, put the right file in its place, then start them again"
+                )
 
 
 @final
@@ -292,59 +310,25 @@ def _make_if_missing(path: Path) -> None:
                 f"{path} is missing but {logs[0]} is there: restore {path}, "
                 f"or delete {logs[0]} to start from 1"
             )
-        _make_directory(path.parent)
+        make_directory(path.parent)
         _make(path)
-    _fsync(path.parent)
+    fsync(path.parent)
 
 
 def _make(path: Path) -> None:
     with TemporaryDirectory(
-        prefix=".idalloc-", dir=path.parent, ignore_cleanup_errors=True
+        prefix=DRAFT_PREFIX, dir=path.parent, ignore_cleanup_errors=True
     ) as scratch:
-        draft = Path(scratch, "ledger")
+        draft = Path(scratch, DRAFT)
         draft.touch(mode=0o600)
         with closing(_connect(draft, BUSY_TIMEOUT_SECONDS)) as db:
             db.execute("PRAGMA journal_mode = WAL")
             db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             db.execute(f"PRAGMA user_version = {FORMAT}")
             db.execute(_TABLE)
-        _fsync(draft)
+        fsync(draft)
         with suppress(FileExistsError):  # another process was first: its file is used
             os.link(draft, path)
-
-
-def _make_directory(directory: Path) -> None:
-    """Make it, and what is missing above it, durably, for the owner alone."""
-    if not directory.is_dir():
-        _make_directory(directory.parent)
-        directory.mkdir(mode=0o700, exist_ok=True)
-        _fsync(directory.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _identity_of(status: os.stat_result) -> tuple[int, int]:
-    return status.st_dev, status.st_ino
-
-
-def _check_file(path: Path) -> tuple[int, int]:
-    """The file's identity; what can be seen from outside must be right."""
-    status = os.stat(path)
-    if stat.S_ISDIR(status.st_mode):
-        raise StartRefused(f"{path} is a directory: name a file in it")
-    if not stat.S_ISREG(status.st_mode):
-        raise StartRefused(f"{path} is not a regular file: choose another path")
-    if status.st_size == 0:
-        raise StartRefused(
-            f"{path} is empty: it may have been cut short: see Restoring in the README"
-        )
-    return _identity_of(status)
 
 
 def _check_content(db: sqlite3.Connection, path: Path) -> None:

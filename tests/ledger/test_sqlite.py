@@ -156,6 +156,24 @@ def test_loser_of_the_race_to_create_uses_the_winners_file(
     assert os.listdir(tmp_path) == ["ids.db"]
 
 
+def test_file_is_used_by_others_while_its_draft_is_still_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that has just been made has two names for a moment; that keeps nobody from it."""
+    path = tmp_path / "ids.db"
+    link = os.link
+
+    def link_and_be_overtaken(source: Path, target: Path) -> None:
+        link(source, target)
+        make(path)
+        assert not source.exists()
+
+    monkeypatch.setattr(os, "link", link_and_be_overtaken)
+    with opened(path) as file:
+        assert lease(file, 1) == Segment(101, 102)
+        assert path.stat().st_nlink == 1
+
+
 def test_reopened_ledger_goes_on(tmp_path: Path) -> None:
     """What was leased before a restart stays leased."""
     make(tmp_path / "ids.db")
@@ -286,6 +304,37 @@ def assert_gone(file: LedgerFile, segment: Segment) -> None:
         lease(file, 1)
     with pytest.raises(Unavailable, match=problem):
         file.give_back([Tail("orders", segment)])
+
+
+@pytest.mark.parametrize("suffix", ["-wal", "-shm"])
+@pytest.mark.parametrize("replaced", [False, True])
+def test_log_that_went_missing_gives_no_more_leases(
+    tmp_path: Path, suffix: str, replaced: bool
+) -> None:
+    """Servers see each other by these files alone; nothing is lost once all have stopped."""
+    path = tmp_path / "ids.db"
+    companion = Path(f"{path}{suffix}")
+    with opened(path) as file:
+        lease(file, 100)
+        content = companion.read_bytes()
+        companion.unlink()
+        if replaced:
+            companion.write_bytes(content)
+        for _ in range(2):
+            with pytest.raises(Unavailable, match=f"{companion} was moved, deleted or replaced"):
+                lease(file, 1)
+    with opened(path) as file:
+        assert lease(file, 1) == Segment(101, 102)
+
+
+def test_two_servers_agree_on_the_log(tmp_path: Path) -> None:
+    """A server that opens or closes the file leaves the log of the others in its place."""
+    path = tmp_path / "ids.db"
+    with opened(path) as first:
+        for start in range(1, 10, 2):
+            with opened(path) as second:
+                assert lease(second, 1).start == start
+            assert lease(first, 1).start == start + 1
 
 
 async def test_file_moved_while_a_lease_waits_gives_nothing(tmp_path: Path) -> None:

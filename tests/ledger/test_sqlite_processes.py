@@ -178,6 +178,10 @@ def test_file_is_there_as_a_whole_or_not_at_all(
     process = start(DIE_WHILE_MAKING, step, moment, path)
     assert finish(process) == []
     assert process.returncode == -signal.SIGKILL
-    assert path.exists() == ((step, moment) == ("link", "after"))
+    is_made = (step, moment) == ("link", "after")
+    assert path.exists() == is_made
     with closing(LedgerFile.open(path)) as file:
+        assert path.stat().st_nlink == 1
         assert lease(file, 10) == Segment(1, 11)
+    if is_made:
+        assert os.listdir(tmp_path) == ["ids.db"]

@@ -183,6 +183,48 @@ def test_refuses_a_file_that_is_replaced_while_it_opens(
     assert refusal_of(path).startswith("was moved, deleted or replaced while in use: ")
 
 
+def test_refuses_a_file_with_two_names(tmp_path: Path) -> None:
+    """Servers that open one file by different names would not see each other."""
+    path, other = tmp_path / "ids.db", tmp_path / "other" / "ids.db"
+    other.parent.mkdir()
+    make(path)
+    os.link(path, other)
+    assert refusal_of(path).startswith("has more than one name, ")
+    assert refusal_of(other).startswith("has more than one name, ")
+    other.unlink()
+    LedgerFile.open(path).close()
+
+
+@pytest.mark.parametrize("name", ["ids.db", "a b\\040c.db"])
+def test_refuses_a_file_that_is_mounted_by_itself(tmp_path: Path, name: str) -> None:
+    """The log of a file that is mounted without its directory is not that of the others."""
+    if not may_mount(tmp_path):
+        pytest.skip("this user may not mount a file")
+    path, mounted = tmp_path / "ids.db", tmp_path / "container" / name
+    mounted.parent.mkdir()
+    mounted.touch()
+    make(path)
+    bind = 'mount --bind "$0" "$1" && shift && exec "$@"'
+    wrapper = ("unshare", "-m", "sh", "-c", bind, str(path), str(mounted))
+    [text] = run_child(OPEN, mounted, wrapper=wrapper)
+    assert text.startswith(f"{mounted} is mounted by itself, ")
+    assert run_child(OPEN, path) == ["opened"]
+
+
+OPEN: Final = """
+import sys
+from pathlib import Path
+from idalloc_tcp.errors import StartRefused
+from idalloc_tcp.ledger.sqlite import LedgerFile
+
+try:
+    LedgerFile.open(Path(sys.argv[1])).close()
+except StartRefused as exc:
+    print(exc)
+else:
+    print("opened")
+"""
+
 OPEN_AS_NOBODY: Final = f"""
 import os, sys
 from pathlib import Path
@@ -196,13 +238,7 @@ if os.getuid() == 0:
     os.setgroups([])
     os.setgid({NOBODY})
     os.setuid({NOBODY})
-try:
-    LedgerFile.open(Path(sys.argv[1])).close()
-except StartRefused as exc:
-    print(exc)
-else:
-    print("opened")
-"""
+{OPEN}"""
 
 
 @pytest.fixture
