@@ -91,9 +91,17 @@ class NotOurs(Unavailable):
 
 
 class Exhausted(ServerFault):
-    """The service's ceiling would be passed. Certain: nothing was taken."""
+    """The service's ceiling would be passed. Certain: nothing was taken.
+
+    Args:
+        left_ids: how many IDs were left below it, at most; so many may be asked for next.
+    """
 
     code = "exhausted"
+
+    def __init__(self, text: str, left_ids: int = 0) -> None:
+        super().__init__(text)
+        self.left_ids = left_ids
 
 
 class Internal(ServerFault):

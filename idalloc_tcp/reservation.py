@@ -109,12 +109,13 @@ class Reservation:
         while True:
             try:
                 return await self.lease(service, size, way or self._ledger.lease)
-            except Exhausted:
-                if size == 1:
+            except Exhausted as error:
+                # Always fewer: whoever leases from the same ledger moves what is left.
+                size = min(error.left_ids, size - 1)
+                if size < 1:
                     ceiling = self.ceiling_of(service)
                     text = f"fewer IDs than asked for are left below the ceiling {ceiling}"
                     raise Exhausted(text) from None
-                size //= 2
 
     async def lease(self, service: str, size: int, lease: Lease) -> Segment:
         """One lease of just `size` IDs, above the floor.

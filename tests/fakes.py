@@ -113,7 +113,8 @@ class FakeLedger(FakeStore):
     def _lease(self, service: str, size: int, floor: int, ceiling: int) -> Segment:
         base = max(self._last_alloc_values.get(service, 0), floor)
         if base + size > ceiling:
-            raise Exhausted(f"{service}: a lease of {size} would pass its ceiling {ceiling}")
+            text = f"{service}: a lease of {size} would pass its ceiling {ceiling}"
+            raise Exhausted(text, max(0, ceiling - base))
         segment = self._give_away(service, base, size)
         self.leases.append(Lease(service, segment))
         return segment

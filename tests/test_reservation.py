@@ -303,19 +303,36 @@ async def test_tail_stays_a_gap_while_its_service_is_leased(
     assert rig.metrics.gap_ids_total == {"unreturned": 40}
 
 
-async def test_size_is_halved_near_the_ceiling() -> None:
-    """Exhausted is certain, so a smaller request may follow, down to a single ID."""
+async def test_size_is_what_is_left_near_the_ceiling() -> None:
+    """Exhausted is certain, so one request for all that is left may follow; without, none."""
     rig = Rig(ceiling=11)
     assert await rig.reserve(8) == Segment(1, 9)
-    assert await rig.reserve(8) == Segment(9, 11)
-    assert await rig.reserve(8) == Segment(11, 12)
-    with pytest.raises(Exhausted):
-        await rig.reserve(8)
-    assert rig.sizes == [8, 8, 4, 2, 8, 4, 2, 1, 8, 4, 2, 1]
-    assert (rig.metrics.leases_total, rig.metrics.lease_failures_total) == (3, 0)
+    assert await rig.reserve(8) == Segment(9, 12)
+    for size in (8, 1):
+        with pytest.raises(Exhausted, match="below the ceiling 11"):
+            await rig.reserve(size)
+    assert rig.sizes == [8, 8, 3, 8, 1]
+    assert (rig.metrics.leases_total, rig.metrics.lease_failures_total) == (2, 0)
 
 
-async def test_failure_near_the_ceiling_ends_the_halving(rig: Rig) -> None:
+async def test_what_is_left_shrinks_while_it_is_asked_for(autojump_clock: MockClock) -> None:
+    """Others take from what is left: each request is for less, and so there is a last one."""
+    rig = Rig(ceiling=100)
+    rig.ledger.delay_seconds = 1
+
+    async def take_from_outside() -> None:
+        await trio.sleep(0.5)
+        for size in (95, 2):
+            rig.ledger.take_from_outside("orders", size)
+            await trio.sleep(1)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(take_from_outside)
+        assert await rig.reserve(50) == Segment(98, 101)
+    assert rig.sizes == [50, 5, 3]
+
+
+async def test_failure_near_the_ceiling_is_the_end(rig: Rig) -> None:
     """At most once: only a certain answer is followed by another request."""
     rig.ceiling = 10
     rig.ledger.lose_reply = True

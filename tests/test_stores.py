@@ -27,7 +27,7 @@ async def test_without_urls_ids_come_from_the_data_file(tmp_path: Path) -> None:
                 "ledger_probes_total": 0,
             }
     async with open_stores(settings, Metrics()) as stores:
-        assert (await stores.source.reserve("short", 8)).size == 4
+        assert (await stores.source.reserve("short", 8)).size == 5
     assert os.listdir(tmp_path) == ["ids"]  # The log beside it is gone, so it was closed.
 
 

@@ -34,7 +34,8 @@ class Ledger(Protocol):
         `ceiling`. An unknown service starts at 1 (or above the floor).
 
         Raises:
-            Exhausted: it would pass the ceiling; certain that nothing was taken.
+            Exhausted: it would pass the ceiling; certain that nothing was taken. It says how many
+                IDs are left.
             Unavailable: anything else; whether the lease was taken is not known, so the
                 caller never sends the same request again but asks for a new lease.
         """

@@ -140,7 +140,7 @@ class MysqlLedger:
     ) -> Segment:
         values = {"service": service, "size": size, "floor": floor, "highest": ceiling - size}
         if floor + size > ceiling:
-            raise _exhausted(service, size, ceiling)
+            raise _exhausted(service, size, ceiling, floor)
 
         async def take(cursor: Any) -> int | Row | None:
             if await cursor.execute(statement, values) == 0:
@@ -157,7 +157,8 @@ class MysqlLedger:
                 return Segment(last - size + 1, last + 1)
             case Row(is_ours=False) if statement is _LEASE:
                 raise NotOurs(f"{service}: its row is the original idalloc's and may be behind")
-        raise _exhausted(service, size, ceiling)
+        last = taken.last_alloc_value if taken else 0
+        raise _exhausted(service, size, ceiling, max(last, floor))
 
     async def give_back(self, tails: Sequence[Tail]) -> list[bool]:
         """As `Ledger.give_back`."""
@@ -275,8 +276,9 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error.args[-1] if error.args else "").split()) or type(error).__name__
 
 
-def _exhausted(service: str, size: int, ceiling: int) -> Exhausted:
-    return Exhausted(f"{service}: a lease of {size} would pass its ceiling {ceiling}")
+def _exhausted(service: str, size: int, ceiling: int, last: int) -> Exhausted:
+    text = f"{service}: a lease of {size} would pass its ceiling {ceiling}"
+    return Exhausted(text, max(0, ceiling - last))
 
 
 async def _row(cursor: Any, service: str) -> Row | None:

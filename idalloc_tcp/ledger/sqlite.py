@@ -78,6 +78,9 @@ SET last_alloc_value = max(last_alloc_value, :floor) + :size, data_version = dat
 WHERE max(last_alloc_value, :floor) <= :ceiling - :size
 RETURNING last_alloc_value"""
 
+_READ: Final = """\
+SELECT coalesce(max(last_alloc_value), 0) FROM tbl_alloc_info WHERE service_name = :service"""
+
 _GIVE_BACK: Final = """\
 UPDATE tbl_alloc_info
 SET last_alloc_value = :before, data_version = data_version + 1
@@ -162,16 +165,17 @@ class LedgerFile:
             self._db.close()
 
     def _lease(self, request: LeaseRequest) -> Segment | Exhausted:
-        first_last = request.floor + request.size
-        if first_last <= request.ceiling:
+        size, ceiling = request.size, request.ceiling
+        first_last = request.floor + size
+        if first_last <= ceiling:
             values = attrs.asdict(request) | {"first_last": first_last}
             rows = self._db.execute(_LEASE, values).fetchall()
             if rows:
                 last = rows[0][0]
-                return Segment(last - request.size + 1, last + 1)
-        return Exhausted(
-            f"{request.service}: a lease of {request.size} would pass its ceiling {request.ceiling}"
-        )
+                return Segment(last - size + 1, last + 1)
+        [(last,)] = self._db.execute(_READ, {"service": request.service}).fetchall()
+        text = f"{request.service}: a lease of {size} would pass its ceiling {ceiling}"
+        return Exhausted(text, max(0, ceiling - max(last, request.floor)))
 
     def _give_back(self, tail: Tail) -> bool:
         request = {

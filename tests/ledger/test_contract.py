@@ -115,6 +115,23 @@ async def test_ceiling_is_met_exactly_and_never_passed(ledger: Ledger) -> None:
         await ledger.lease("orders", 1, floor=0, ceiling=100)
 
 
+async def test_exhausted_says_how_many_are_left(ledger: Ledger) -> None:
+    """Whoever asks for too much learns what may be asked for instead, by row and by floor."""
+    for last, floor, left in [(0, 0, 100), (60, 0, 40), (60, 95, 5), (100, 0, 0)]:
+        service = f"orders-{last}-{floor}"
+        if last:
+            await lease(ledger, service, last)
+        with pytest.raises(Exhausted) as caught:
+            await ledger.lease(service, left + 1, floor=floor, ceiling=100)
+        assert caught.value.left_ids == left
+        if left:
+            segment = await ledger.lease(service, left, floor=floor, ceiling=100)
+            assert segment == Segment(101 - left, 101)
+    with pytest.raises(Exhausted) as caught:
+        await ledger.lease("orders-100-0", 1, floor=0, ceiling=50)
+    assert caught.value.left_ids == 0
+
+
 async def test_exhausted_by_the_floor_remembers_nothing(ledger: Ledger) -> None:
     """A floor that leaves too little room is refused, and is not kept."""
     for service in ("new", "old"):
