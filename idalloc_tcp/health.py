@@ -1,7 +1,7 @@
 """Whether a store is worth asking: so that a dead one costs one probe a second, not one each."""
 
 from collections.abc import Awaitable, Callable
-from typing import TypeVar, final
+from typing import Final, TypeVar, final
 
 import attrs
 import trio
@@ -11,6 +11,10 @@ from idalloc_tcp.backoff import Backoff
 from idalloc_tcp.errors import Exhausted, NotOurs, Unavailable
 
 _T = TypeVar("_T")
+
+#: How long others wait for a probe that is under way: a store that is well answers sooner, also to
+#: a process that has a flood of requests to see to.
+PROBE_SECONDS: Final = 0.5
 
 
 @final
@@ -30,6 +34,8 @@ class Health:
     _backoff: Backoff = attrs.field(init=False, factory=Backoff)
     _pause_seconds: float = attrs.field(init=False, default=0.0)
     _ask_again_at: float = attrs.field(init=False, default=0.0)
+    #: Set by the answer to the last probe, or its end without one.
+    _probe_ended: trio.Event = attrs.field(init=False, factory=trio.Event)
 
     async def ask(self, request: Callable[[], Awaitable[_T]]) -> _T:
         """The store's answer to one request, if it is worth asking.
@@ -37,7 +43,7 @@ class Health:
         Raises:
             Unavailable: it did not answer, or is down and not due to be asked again.
         """
-        self._check()
+        await self._admit()
         try:
             result = await request()
         except (NotOurs, Exhausted):
@@ -46,17 +52,28 @@ class Health:
         except Unavailable as error:
             self._failed(error)
             raise
+        finally:
+            self._probe_ended.set()
         self._succeeded()
         return result
 
-    def _check(self) -> None:
-        """While it is down, at most one caller in each pause gets through."""
+    async def _admit(self) -> None:
+        """While it is down, at most one caller in each pause gets through.
+
+        Who comes just behind it learns what it finds: after an outage that nobody noticed
+        the end of, the first to ask would else be served, and all with it refused.
+        """
         if self.is_up:
             return
-        if trio.current_time() < self._ask_again_at:
+        if trio.current_time() >= self._ask_again_at:
+            self.probes_total += 1
+            self._begin_pause(self._backoff.next_seconds())
+            self._probe_ended = trio.Event()
+            return
+        with trio.move_on_after(PROBE_SECONDS):
+            await self._probe_ended.wait()
+        if not self.is_up:
             raise Unavailable(f"{self.name} is down")
-        self.probes_total += 1
-        self._begin_pause(self._backoff.next_seconds())
 
     def _succeeded(self) -> None:
         if not self.is_up:

@@ -223,6 +223,23 @@ async def test_service_in_trouble_is_reaped(ledger: FakeLedger, autojump_clock: 
         assert await rig.ask("orders") == 1
 
 
+async def test_first_requests_after_an_outage_are_all_served(
+    ledger: FakeLedger, autojump_clock: MockClock
+) -> None:
+    """A ledger that came back while nobody asked serves whoever asks first, and all with it."""
+    services = [f"service{number}" for number in range(50)]
+    async with running(ledger) as rig:
+        ledger.down = True
+        for service in services:
+            with pytest.raises(Unavailable):
+                await rig.ask(service)
+        await trio.sleep(2 * LONGEST_SECONDS)
+        ledger.down, ledger.delay_seconds = False, 0.01
+        async with trio.open_nursery() as clients:
+            for service in services:
+                clients.start_soon(rig.ask, service)
+
+
 async def test_request_at_the_moment_of_reaping(
     ledger: FakeLedger, autojump_clock: MockClock
 ) -> None:

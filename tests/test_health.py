@@ -4,11 +4,11 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 import trio
-from trio.testing import MockClock
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from idalloc_tcp.backoff import FIRST_SECONDS, LONGEST_SECONDS
 from idalloc_tcp.errors import Exhausted, NotOurs, Unavailable
-from idalloc_tcp.health import Health
+from idalloc_tcp.health import PROBE_SECONDS, Health
 
 
 def failing(error: Exception, seconds: float = 0) -> Callable[[], Awaitable[None]]:
@@ -54,7 +54,7 @@ async def test_a_refusal_is_an_answer(error: Exception, autojump_clock: MockCloc
 
 
 async def test_one_probe_gets_through_in_each_pause(autojump_clock: MockClock) -> None:
-    """While one probe is under way, and for a pause after it, all others fail at once."""
+    """For a pause after a probe that failed all others fail at once."""
     health = Health("the store")
     assert not await is_asked(health)
     assert not await is_asked(health)
@@ -63,6 +63,55 @@ async def test_one_probe_gets_through_in_each_pause(autojump_clock: MockClock) -
     assert not await is_asked(health)
     await trio.sleep(LONGEST_SECONDS)
     assert await is_asked(health)
+
+
+@pytest.mark.parametrize("answers", [False, True])
+async def test_who_comes_behind_a_probe_learns_what_it_finds(
+    autojump_clock: MockClock, answers: bool
+) -> None:
+    """All who ask together after an outage are served, or refused, as the first of them is."""
+    health = Health("the store")
+    assert not await is_asked(health)
+    await trio.sleep(LONGEST_SECONDS)
+    served = 0
+
+    async def request() -> None:
+        await trio.sleep(PROBE_SECONDS / 2)
+        if not answers:
+            raise Unavailable("no answer")
+
+    async def ask() -> None:
+        nonlocal served
+        try:
+            await health.ask(request)
+        except Unavailable:
+            return
+        served += 1
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(9):
+            nursery.start_soon(ask)
+    assert served == (9 if answers else 0)
+    assert health.probes_total == 1
+    assert health.failures_total == (1 if answers else 2)
+
+
+async def test_a_probe_that_hangs_keeps_nobody(autojump_clock: MockClock) -> None:
+    """Others wait for a probe only as long as a store that is well would take."""
+    health = Health("the store")
+    for _ in range(9):  # Until the pauses are longer than the wait.
+        await is_asked(health)
+        await trio.sleep(LONGEST_SECONDS)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(health.ask, trio.sleep_forever)
+        await wait_all_tasks_blocked()
+        began_at = trio.current_time()
+        assert not await is_asked(health)
+        assert trio.current_time() == pytest.approx(began_at + PROBE_SECONDS)
+        nursery.cancel_scope.cancel()
+    began_at = trio.current_time()
+    assert not await is_asked(health)
+    assert trio.current_time() == began_at
 
 
 async def test_a_store_that_hangs_is_left_alone_after_a_probe(autojump_clock: MockClock) -> None:
