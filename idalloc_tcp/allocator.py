@@ -1,6 +1,6 @@
 """All services of one process, made on demand and let go when idle."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, Protocol, final
 
 import attrs
@@ -83,22 +83,9 @@ class Allocator:
             service = self._start(name)
         return service.take(count)
 
-    def take_runs(self, wanted: Mapping[str, int]) -> Mapping[str, int] | None:
-        """The first of as many contiguous IDs as are wanted of each of these services.
-
-        None, and nothing taken, unless all of them are there: take them one by one.
-        """
-        services = self._services
-        for name, ids in wanted.items():
-            service = services.get(name)
-            if service is None or not service.pool.has_run(ids):
-                return None
-        firsts: dict[str, int] = {}
-        for name, ids in wanted.items():
-            first = services[name].take(ids)
-            assert first is not None, "it was looked before"
-            firsts[name] = first
-        return firsts
+    def find(self, name: str) -> Service | None:
+        """A service that is in use already."""
+        return self._services.get(name)
 
     async def wait(self, name: str, count: int) -> int:
         """As `take`, but waits, up to `wait_seconds`.

@@ -5,7 +5,7 @@ access, retry later, or call somebody. The client raises the same classes that t
 turned into codes, so an error reads alike on both ends.
 """
 
-from typing import ClassVar, Final
+from typing import ClassVar, Final, Self
 
 
 class IdallocError(Exception):
@@ -65,9 +65,20 @@ class Busy(RetryLater):
 
 
 class RateLimited(RetryLater):
-    """The caller is over a configured rate."""
+    """More was asked for than the configured rate gives. The text begins with how long to wait."""
 
     code = "limit"
+
+    @classmethod
+    def after(cls, wait_ms: int) -> Self:
+        """The error whose caller should wait for so many milliseconds."""
+        return cls(f"{wait_ms} ms until the rate allows another request")
+
+    @property
+    def wait_ms(self) -> int:
+        """How many milliseconds to wait before asking again; 0 if the text does not say."""
+        first = str(self).partition(" ")[0]
+        return int(first) if first.isdecimal() and first.isascii() else 0
 
 
 class Draining(RetryLater):

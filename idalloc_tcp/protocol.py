@@ -172,6 +172,9 @@ class RequestParser:
         Raises:
             RequestError: what is wrong with the line; nothing was done.
         """
+        known = self.known.get(line)
+        if known is not None:
+            return known.request
         request = self._parse(line)
         if type(request) is Alloc and not request.trace:
             self._remember(line, request)

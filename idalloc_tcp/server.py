@@ -21,11 +21,13 @@ from idalloc_tcp import __version__, log
 from idalloc_tcp.allocator import Allocator
 from idalloc_tcp.connection import FAREWELL_SECONDS, Connection, ConnectionLimits
 from idalloc_tcp.errors import Busy
+from idalloc_tcp.express import Express
 from idalloc_tcp.lanes import Sweep
+from idalloc_tcp.limits import RateLimiter
 from idalloc_tcp.listeners import BACKLOG, Listener, close_listeners
 from idalloc_tcp.metrics import Metrics, Row
 from idalloc_tcp.protocol import RequestParser, err
-from idalloc_tcp.session import Fallback, Session, no_fallback
+from idalloc_tcp.session import Fallback, Session, Take, no_fallback
 
 #: A stop by these is a clean one; a second one ends the process at once.
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
@@ -54,6 +56,7 @@ class Server:
         store_rows: what STATS says of the stores.
         fallback: what stands in for IDs that are unavailable.
         sweep: the fast lane; without one every connection is on its own.
+        limiter: how fast IDs may go; without one as fast as they can.
     """
 
     _allocator: Allocator
@@ -62,13 +65,20 @@ class Server:
     _store_rows: Callable[[], Iterable[Row]] = tuple
     _fallback: Fallback = no_fallback
     _sweep: Sweep | None = None
+    _limiter: RateLimiter | None = None
     _parser: RequestParser = attrs.field(init=False)
+    _express: Express = attrs.field(init=False)
+    _take: Take = attrs.field(init=False)
     _connections: set[Connection] = attrs.field(init=False, factory=set)
     _stopping: trio.Event = attrs.field(init=False, factory=trio.Event)
     _started_at: float = attrs.field(init=False, factory=time.monotonic)
 
     def __attrs_post_init__(self) -> None:
         self._parser = RequestParser(self._limits.max_count)
+        find, limiter = self._allocator.find, self._limiter
+        self._express = Express(self._parser.known, find, self._metrics, limiter)
+        take = self._allocator.take
+        self._take = take if limiter is None else limiter.limited(take)
 
     async def run(
         self,
@@ -128,11 +138,11 @@ class Server:
             return
         session = Session(
             self._parser,
-            self._allocator.take,
+            self._take,
             self.rows,
             self._metrics,
             self._fallback,
-            self._allocator.take_runs,
+            self._express.answer,
         )
         rider = None
         if self._sweep is not None and connected is not None:

@@ -78,6 +78,10 @@ class Service:
                 raise type(self.trouble)(*self.trouble.args)
         return first
 
+    def has_run(self, ids: int) -> bool:
+        """Would `take` give so many at once, and skip none for it?"""
+        return self.pool.has_run(ids)
+
     async def wait(self, count: int) -> int:
         """As `take`, but first come, first served for what the prefetch task brings."""
         self.waiting_ids += count

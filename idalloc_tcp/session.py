@@ -15,13 +15,11 @@ Replies leave in the order of their requests. `advance` stops at `REPLY_BYTES_GO
 a flood of short requests nor a reader that never reads makes us hold more than that: a lane
 reads on only after it has sent.
 
-Most chunks are nothing but whole lines that were seen before, often one line over and over. So
-there is a short way for them, `exchange`, which does the same as `receive` and `advance`. Once it
-leaves the session anything but at rest, the long way goes on.
+`exchange` does the same as `receive` and `advance`, and is shorter for what was seen before.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from typing import Final, final
 
 import attrs
@@ -35,7 +33,6 @@ from idalloc_tcp.protocol import (
     Alloc,
     Auth,
     Hello,
-    KnownLine,
     LineReader,
     Ping,
     Quit,
@@ -59,17 +56,10 @@ REPLY_BYTES_GOAL: Final = 8_192
 
 #: The first of `count` IDs of a service, or None: not without waiting. Raises IdallocError.
 Take = Callable[[str, int], int | None]
-#: The first of as many contiguous IDs as are wanted of each service. None, and nothing taken,
-#: unless all of them are there.
-TakeRuns = Callable[[Mapping[str, int]], Mapping[str, int] | None]
 #: The first of `count` IDs that stand in for a service's when no store answers, or None.
 Fallback = Callable[[str, int], int | None]
 #: The measured values of the server (None) or of one service.
 Report = Callable[[str | None], Iterable[Row]]
-
-
-def no_runs(_wanted: Mapping[str, int]) -> None:
-    """One by one."""
 
 
 def no_fallback(_service: str, _count: int) -> int | None:
@@ -92,7 +82,7 @@ class Session:
         report: what STATS answers.
         metrics: counts requests, IDs and errors.
         fallback: what stands in for IDs that are unavailable.
-        take_runs: where the IDs of many requests at once come from.
+        express: the short way, if there is one.
     """
 
     _parser: RequestParser
@@ -100,14 +90,13 @@ class Session:
     _report: Report
     _metrics: Metrics
     _fallback: Fallback = no_fallback
-    _take_runs: TakeRuns = no_runs
+    _express: Callable[[bytes], bytes] | None = None
     #: Is there nothing to do until the client sends more, and no line begun?
     is_at_rest: bool = attrs.field(init=False, default=True)
     #: The ALLOC that must wait for its IDs. Nothing after it is answered before.
     waiting: Alloc | None = attrs.field(init=False, default=None)
     #: Close once the replies are sent; whatever else the client sent is not executed.
     finished: bool = attrs.field(init=False, default=False)
-    _known: Mapping[bytes, KnownLine] = attrs.field(init=False)
     _reader: LineReader = attrs.field(init=False, factory=LineReader)
     _lines: deque[bytes] = attrs.field(init=False, factory=deque)
     _settled: bytes = attrs.field(init=False, default=b"")
@@ -115,17 +104,10 @@ class Session:
     _ended: bool = attrs.field(init=False, default=False)
     _draining: bool = attrs.field(init=False, default=False)
 
-    def __attrs_post_init__(self) -> None:
-        self._known = self._parser.known
-
     def exchange(self, data: bytes) -> bytes:
-        """`receive`, then `advance`, for a session at rest; shorter for what was seen before."""
-        line, end, rest = data.partition(b"\n")
-        known = self._known.get(line)
-        if known is not None and end:
-            if not rest:
-                return self._answer_known(known, line)
-            replies = self._answer_all(known, line, data)
+        """`receive`, then `advance`, for a session at rest."""
+        if self._express is not None and not self._draining:
+            replies = self._express(data)
             if replies:
                 return replies
         self.receive(data)
@@ -148,7 +130,6 @@ class Session:
     def drain(self) -> None:
         """Refuse every ALLOC received from now on; what has arrived is still served."""
         self._draining = True
-        self._known = {}  # There is no short way any more.
 
     @property
     def has_work(self) -> bool:
@@ -208,48 +189,8 @@ class Session:
         self.waiting = None
         return request
 
-    def _answer_all(self, known: KnownLine, line: bytes, data: bytes) -> bytes:
-        """The replies to several lines, if all are known and can be served; else b""."""
-        times, odd = divmod(len(data), len(line) + 1)
-        if not odd and data == (line + b"\n") * times:
-            return self._answer_repeated(known, times)
-        *lines, unfinished = data.split(b"\n")
-        every = [found for found in map(self._known.get, lines) if found is not None]
-        if unfinished or len(every) != len(lines):
-            return b""
-        return self._answer_each(every)
-
-    def _answer_repeated(self, known: KnownLine, times: int) -> bytes:
-        count, ids = known.count, known.count * times
-        firsts = self._take_runs({known.service: ids})
-        if firsts is None:
-            return b""
-        self._metrics.requests_total += times
-        self._metrics.ids_total += ids
-        first = firsts[known.service]
-        return known.reply * times % tuple(range(first, first + ids, count))
-
-    def _answer_each(self, lines: Sequence[KnownLine]) -> bytes:
-        wanted: dict[str, int] = {}
-        for known in lines:
-            wanted[known.service] = wanted.get(known.service, 0) + known.count
-        taken = self._take_runs(wanted)
-        if taken is None:
-            return b""
-        self._metrics.requests_total += len(lines)
-        self._metrics.ids_total += sum(wanted.values())
-        upcoming, firsts = dict(taken), []
-        for known in lines:
-            first = upcoming[known.service]
-            upcoming[known.service] = first + known.count
-            firsts.append(first)
-        return b"".join([known.reply for known in lines]) % tuple(firsts)
-
     def _answer(self, line: bytes) -> bytes:
         """The whole reply to one line; b"" if it must wait."""
-        known = self._known.get(line)
-        if known is not None:
-            return self._answer_known(known, line)
         self._metrics.requests_total += 1
         try:
             request = self._parser.parse(line)
@@ -259,18 +200,6 @@ class Session:
         except IdallocError as error:
             reply = self._refuse(self._guard_http(line, error))
         return reply + ending_of(line)
-
-    def _answer_known(self, known: KnownLine, line: bytes) -> bytes:
-        count = known.count
-        self._metrics.requests_total += 1
-        try:
-            first = self._take(known.service, count)
-        except IdallocError as error:
-            return self._refuse_alloc(known.request, error) + ending_of(line)
-        if first is None:
-            return self._begin_waiting(known.request, line)
-        self._metrics.ids_total += count
-        return known.reply % first
 
     def _answer_alloc(self, request: Alloc, line: bytes) -> bytes:
         try:

@@ -1,12 +1,14 @@
 """A session without a network: what a lane does for it, and bytes as they arrive, cut anywhere."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from functools import partial
 from itertools import pairwise
 from typing import Final, final
 
 import attrs
 
 from idalloc_tcp.errors import Busy, Exhausted
+from idalloc_tcp.express import Express
 from idalloc_tcp.metrics import Metrics, Row
 from idalloc_tcp.protocol import RequestParser
 from idalloc_tcp.session import Session
@@ -50,21 +52,15 @@ class Lane:
     session: Session = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        self.session = Session(
-            RequestParser(MAX_COUNT), self.take, report, self.metrics, take_runs=self.take_runs
-        )
+        parser = RequestParser(MAX_COUNT)
+        express = Express(parser.known, partial(Supply, self), self.metrics).answer
+        self.session = Session(parser, self.take, report, self.metrics, express=express)
 
     def take(self, service: str, count: int) -> int | None:
         """The first of `count` IDs, if they need no waiting for."""
         if service == SPENT:
             raise Exhausted("no IDs are left")
         return None if service == SLOW else self.give(service, count)
-
-    def take_runs(self, wanted: Mapping[str, int]) -> Mapping[str, int] | None:
-        """The first of as many IDs of each, unless one must be waited for, or is spent."""
-        if {SLOW, SPENT} & set(wanted):
-            return None
-        return {service: self.give(service, ids) for service, ids in wanted.items()}
 
     def give(self, service: str, count: int) -> int:
         """The first of `count` IDs."""
@@ -97,6 +93,23 @@ class Lane:
         assert self.session.finished
         assert not self.session.has_work
         return replies
+
+
+@final
+@attrs.frozen
+class Supply:
+    """The IDs of one service of a lane."""
+
+    lane: Lane
+    service: str
+
+    def take(self, count: int) -> int | None:
+        """The first of `count` IDs, if they need no waiting for."""
+        return self.lane.take(self.service, count)
+
+    def has_run(self, _ids: int) -> bool:
+        """Of most services there are as many as one likes."""
+        return self.service not in {SLOW, SPENT}
 
 
 def converse(*pieces: bytes) -> bytes:

@@ -1,0 +1,139 @@
+"""The short way from a chunk of requests to its replies.
+
+Most chunks are nothing but whole lines that were seen before, often one line over and over. They
+need no parsing, their IDs can be taken as one run for each service, and their replies be made by
+one format. Whatever is not as plain as that is left to the session, which can do everything, and
+does to the very same effect.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Protocol, final
+
+import attrs
+
+from idalloc_tcp.errors import IdallocError, RateLimited
+from idalloc_tcp.limits import RateLimiter
+from idalloc_tcp.metrics import Metrics
+from idalloc_tcp.protocol import KnownLine, ending_of, err
+
+
+class Supply(Protocol):
+    """The IDs of one service."""
+
+    def take(self, count: int) -> int | None:
+        """The first of `count` contiguous IDs; None if they must be waited for."""
+        ...
+
+    def has_run(self, ids: int) -> bool:
+        """Would `take` give so many at once, and skip none for it?"""
+        ...
+
+
+@final
+@attrs.define(eq=False)
+class Express:
+    """Shared by all sessions of a server.
+
+    Args:
+        known: the lines that were seen before.
+        find: the supply of a service, if it has one already.
+        limiter: how fast IDs may go; without one as fast as they can.
+    """
+
+    _known: Mapping[bytes, KnownLine]
+    _find: Callable[[str], Supply | None]
+    _metrics: Metrics
+    _limiter: RateLimiter | None = None
+
+    def answer(self, data: bytes) -> bytes:
+        """All replies to a chunk; b"", and nothing done, if it has to go the long way."""
+        line, end, rest = data.partition(b"\n")
+        known = self._known.get(line)
+        if known is None or not end:
+            return b""
+        if rest:
+            return self._answer_lines(known, line, data)
+        if self._limiter is not None:
+            return self._answer_repeated(known, line, 1)
+        # By far the most common case, so there is nothing in it that is not needed.
+        supply, count = self._find(known.service), known.count
+        try:
+            first = None if supply is None else supply.take(count)
+        except IdallocError:
+            first = None
+        if first is None:
+            return b""
+        metrics = self._metrics
+        metrics.requests_total += 1
+        metrics.ids_total += count
+        return known.reply % first
+
+    def _answer_lines(self, known: KnownLine, line: bytes, data: bytes) -> bytes:
+        times, odd = divmod(len(data), len(line) + 1)
+        if not odd and data == (line + b"\n") * times:
+            return self._answer_repeated(known, line, times)
+        *lines, unfinished = data.split(b"\n")
+        every = [found for found in map(self._known.get, lines) if found is not None]
+        if unfinished or len(every) != len(lines):
+            return b""
+        return self._answer_each(every)
+
+    def _answer_repeated(self, known: KnownLine, line: bytes, asked: int) -> bytes:
+        service, count = known.service, known.count
+        supply, served = self._find(service), asked
+        if supply is None or not supply.has_run(asked * count):
+            return b""
+        if self._limiter is not None:
+            served = self._limiter.admit(service, asked, count)
+            if not served:
+                return self._refuse(known, line, asked)
+        ids = served * count
+        first = supply.take(ids)
+        assert first is not None, "it was looked before"
+        self._count(served, ids)
+        replies = known.reply * served % tuple(range(first, first + ids, count))
+        if served < asked:
+            replies += self._refuse(known, line, asked - served)
+        return replies
+
+    def _answer_each(self, lines: Sequence[KnownLine]) -> bytes:
+        wanted: dict[str, int] = {}
+        for known in lines:
+            wanted[known.service] = wanted.get(known.service, 0) + known.count
+        supplies = {service: self._find(service) for service in wanted}
+        for service, supply in supplies.items():
+            if supply is None or not supply.has_run(wanted[service]):
+                return b""
+        if self._limiter is not None:
+            requests = Counter(known.service for known in lines)
+            if not self._limiter.admit_all(requests, wanted):
+                return b""
+        self._count(len(lines), sum(wanted.values()))
+        upcoming = {
+            service: supply.take(wanted[service]) for service, supply in supplies.items() if supply
+        }
+        firsts = []
+        for known in lines:
+            first = upcoming[known.service]
+            assert first is not None, "it was looked before"
+            upcoming[known.service] = first + known.count
+            firsts.append(first)
+        return b"".join([known.reply for known in lines]) % tuple(firsts)
+
+    def _refuse(self, known: KnownLine, line: bytes, times: int) -> bytes:
+        assert self._limiter is not None
+        self._metrics.requests_total += times
+        self._metrics.errors_total[RateLimited.code] += times
+        refusal = _refusal(self._limiter.wait_ms(known.service)) + ending_of(line)
+        return refusal * times
+
+    def _count(self, requests: int, ids: int) -> None:
+        self._metrics.requests_total += requests
+        self._metrics.ids_total += ids
+
+
+@lru_cache(maxsize=1024)
+def _refusal(wait_ms: int) -> bytes:
+    return err(RateLimited.after(wait_ms))

@@ -1,0 +1,178 @@
+"""How fast a server gives IDs away: token buckets, in requests and in IDs.
+
+A bucket that holds anything affords one request, whatever its count, and is in debt afterwards:
+so a large count is possible at a low rate, and in the long run the rate is kept exactly. It looks
+at the clock only when it holds too little, so that nearly every request costs a comparison.
+"""
+
+from collections.abc import Callable, Mapping
+from math import ceil
+from typing import Final, final
+
+import attrs
+
+from idalloc_tcp.errors import RateLimited
+
+#: A bucket holds what its rate gives in so many seconds: enough for clients that come together,
+#: and too little to count against a rate that is measured over a second or more.
+BURST_SECONDS: Final = 0.1
+#: Services whose buckets are remembered; beyond it the one made first is forgotten, and is full.
+SERVICES_MAX: Final = 100_000
+
+#: As `allocator.Allocator.take`.
+Take = Callable[[str, int], int | None]
+
+
+@final
+@attrs.frozen
+class RateLimits:
+    """Requests (ALLOCs) and IDs a second, of the server and of each service; 0 is no limit."""
+
+    requests: int = 0
+    ids: int = 0
+    service_requests: int = 0
+    service_ids: int = 0
+
+    def __bool__(self) -> bool:
+        return any(attrs.astuple(self))
+
+
+@final
+@attrs.define(eq=False)
+class Bucket:
+    """Tokens that come at a rate, and are spent: one for each request, or for each ID.
+
+    Args:
+        rate: tokens a second.
+        in_ids: what a token stands for.
+        clock: seconds, and never back.
+    """
+
+    _rate: int
+    _in_ids: bool
+    _clock: Callable[[], float]
+    _full: float = attrs.field(init=False)
+    #: What it holds; below 0 it is in debt.
+    _level: float = attrs.field(init=False)
+    _filled_at: float = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._level = self._full = max(1.0, self._rate * BURST_SECONDS)
+        self._filled_at = self._clock()
+
+    def afford(self, times: int, count: int) -> int:
+        """How many of so many requests for `count` IDs each it can pay for."""
+        cost = count if self._in_ids else 1
+        if self._level < times * cost:
+            self._fill()
+            if self._level < times * cost:
+                return max(1, int(self._level // cost)) if self._level > 0 else 0
+        return times
+
+    def affords(self, requests: int, ids: int) -> bool:
+        """Does it hold what all of these cost together?"""
+        cost = ids if self._in_ids else requests
+        if self._level < cost:
+            self._fill()
+        return self._level >= cost
+
+    def pay(self, requests: int, ids: int) -> None:
+        """Spend what they cost."""
+        self._level -= ids if self._in_ids else requests
+
+    def wait_seconds(self) -> float:
+        """How long until it holds anything, from when it was last asked what it affords."""
+        return -self._level / self._rate
+
+    def _fill(self) -> None:
+        now = self._clock()
+        level = self._level + (now - self._filled_at) * self._rate
+        self._level = level if level < self._full else self._full
+        self._filled_at = now
+
+
+@final
+@attrs.define(eq=False)
+class RateLimiter:
+    """The limits of one process.
+
+    Args:
+        clock: seconds, and never back.
+    """
+
+    _limits: RateLimits
+    _clock: Callable[[], float]
+    _server: tuple[Bucket, ...] = attrs.field(init=False, default=())
+    _limits_services: bool = attrs.field(init=False, default=False)
+    #: By service: its own.
+    _services: dict[str, tuple[Bucket, ...]] = attrs.field(init=False, factory=dict)
+
+    def __attrs_post_init__(self) -> None:
+        self.change(self._limits)
+
+    def change(self, limits: RateLimits) -> None:
+        """Have other limits from now on. All buckets are full again."""
+        self._limits = limits
+        self._server = self._buckets(limits.requests, limits.ids)
+        self._limits_services = bool(limits.service_requests or limits.service_ids)
+        self._services.clear()
+
+    def admit(self, service: str, times: int, count: int) -> int:
+        """How many of so many requests for `count` IDs each may be served; they are paid for."""
+        buckets = self._server
+        if self._limits_services:
+            buckets += self._of(service)
+        for bucket in buckets:
+            times = bucket.afford(times, count)
+        if times:
+            for bucket in buckets:
+                bucket.pay(times, times * count)
+        return times
+
+    def admit_all(self, requests: Mapping[str, int], ids: Mapping[str, int]) -> bool:
+        """May so many requests of each service, for so many IDs in all, be served together?
+
+        If so, they are paid for.
+        """
+        total_requests, total_ids = sum(requests.values()), sum(ids.values())
+        if not all(bucket.affords(total_requests, total_ids) for bucket in self._server):
+            return False
+        own = [(bucket, name) for name in requests for bucket in self._of(name)]
+        if not all(bucket.affords(requests[name], ids[name]) for bucket, name in own):
+            return False
+        for bucket in self._server:
+            bucket.pay(total_requests, total_ids)
+        for bucket, name in own:
+            bucket.pay(requests[name], ids[name])
+        return True
+
+    def wait_ms(self, service: str) -> int:
+        """After how many milliseconds, at least 1, what was just not admitted may be."""
+        seconds = 0.001
+        for bucket in self._server + self._of(service):
+            seconds = max(seconds, bucket.wait_seconds())
+        return ceil(seconds * 1000)
+
+    def limited(self, take: Take) -> Take:
+        """The same, but raising RateLimited when it is called too often."""
+
+        def take_slowly(service: str, count: int) -> int | None:
+            if not self.admit(service, 1, count):
+                raise RateLimited.after(self.wait_ms(service))
+            return take(service, count)
+
+        return take_slowly
+
+    def _of(self, service: str) -> tuple[Bucket, ...]:
+        """Those of a service alone; none if only the server is limited."""
+        buckets = self._services.get(service)
+        if buckets is None and self._limits_services:
+            if len(self._services) >= SERVICES_MAX:
+                del self._services[next(iter(self._services))]
+            buckets = self._buckets(self._limits.service_requests, self._limits.service_ids)
+            self._services[service] = buckets
+        return buckets or ()
+
+    def _buckets(self, requests: int, ids: int) -> tuple[Bucket, ...]:
+        rates = ((requests, False), (ids, True))
+        return tuple(Bucket(rate, in_ids, self._clock) for rate, in_ids in rates if rate)
