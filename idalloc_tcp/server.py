@@ -26,6 +26,7 @@ from idalloc_tcp.listeners import BACKLOG, Listener, close_listeners
 from idalloc_tcp.metrics import Metrics, Row
 from idalloc_tcp.protocol import RequestParser, err
 from idalloc_tcp.session import Fallback, Session, no_fallback
+from idalloc_tcp.snapshot import Snapshot
 
 #: A stop by these is a clean one; a second one ends the process at once.
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
@@ -162,6 +163,16 @@ class Server:
         yield from self._store_rows()
         yield from self._allocator.rows()
         yield from self._metrics.rows()
+
+    def snapshot(self, service: str | None = None) -> Snapshot:
+        """What this process measured: of the server, or of one service alone."""
+        rows = dict(self.rows(service))
+        return Snapshot(rows) if service is None else Snapshot({}, {service: rows})
+
+    def snapshot_all(self, services_max: int) -> Snapshot:
+        """What this process measured, and the services that gave out most IDs, most first."""
+        names = self._allocator.busiest(services_max)
+        return Snapshot(dict(self.rows()), {name: dict(self.rows(name)) for name in names})
 
     def _drain(self, scope: trio.CancelScope) -> None:
         log.event("draining", connections=len(self._connections))

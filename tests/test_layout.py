@@ -15,8 +15,8 @@ ROOT: Final = Path(idalloc_tcp.__file__).parent
 #: Every module and sub-package, in the only direction in which imports may point: to the left.
 ORDER: Final = (
     *("errors", "names", "address", "kinds", "config", "metrics", "log", "protocol", "session"),
-    *("pool", "sizing", "recent", "underway", "backoff", "health", "bridge", "ledger", "counter"),
-    *("reservation", "sync", "fallback", "service", "allocator", "stores"),
+    *("snapshot", "pool", "sizing", "recent", "underway", "backoff", "health", "bridge", "ledger"),
+    *("counter", "reservation", "sync", "fallback", "service", "allocator", "stores"),
     *("lanes", "connection", "listeners", "server", "client", "composition", "cli", "__main__"),
 )
 #: What talks and what allocates know nothing of each other; `server` puts them together.
@@ -26,7 +26,7 @@ ALLOCATING: Final = frozenset(ORDER[ORDER.index("pool") : ORDER.index("stores")]
 #: What must be usable, and testable, without an event loop or a store.
 PURE: Final = (
     *("errors", "names", "address", "kinds", "config", "metrics", "log", "protocol", "session"),
-    *("pool", "sizing", "recent", "backoff", "fallback"),
+    *("snapshot", "pool", "sizing", "recent", "backoff", "fallback"),
 )
 IMPURE_PACKAGES: Final = frozenset({"trio", "trio_asyncio", "asyncio", "redis", "asyncmy"})
 
