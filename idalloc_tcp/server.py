@@ -12,14 +12,20 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from socket import socket
-from typing import Final, final
+from typing import Final, Protocol, final
 
 import attrs
 import trio
 
 from idalloc_tcp import __version__, log
 from idalloc_tcp.allocator import Allocator
-from idalloc_tcp.connection import FAREWELL_SECONDS, Connection, ConnectionLimits
+from idalloc_tcp.connection import (
+    FAREWELL_SECONDS,
+    Connection,
+    ConnectionLimits,
+    Gather,
+    no_gathering,
+)
 from idalloc_tcp.errors import Busy
 from idalloc_tcp.lanes import Sweep
 from idalloc_tcp.listeners import BACKLOG, Listener, close_listeners
@@ -55,6 +61,7 @@ class Server:
         store_rows: what STATS says of the stores.
         fallback: what stands in for IDs that are unavailable.
         sweep: the fast lane; without one every connection is on its own.
+        gather: what STATS answers, if this process is one of several.
     """
 
     _allocator: Allocator
@@ -63,6 +70,7 @@ class Server:
     _store_rows: Callable[[], Iterable[Row]] = tuple
     _fallback: Fallback = no_fallback
     _sweep: Sweep | None = None
+    _gather: Gather | None = None
     _parser: RequestParser = attrs.field(init=False)
     _connections: set[Connection] = attrs.field(init=False, factory=set)
     _stopping: trio.Event = attrs.field(init=False, factory=trio.Event)
@@ -130,7 +138,7 @@ class Server:
         session = Session(
             self._parser,
             self._allocator.take,
-            self.rows,
+            self._report,
             self._metrics,
             self._fallback,
             self._allocator.take_runs,
@@ -139,7 +147,12 @@ class Server:
         if self._sweep is not None and connected is not None:
             rider = self._sweep.rider(connected, session)
         connection = Connection(
-            stream, session, self._allocator.wait, self._limits.connection, rider
+            stream,
+            session,
+            self._allocator.wait,
+            self._limits.connection,
+            rider,
+            self._gather or no_gathering,
         )
         self._connections.add(connection)
         self._metrics.connections_total += 1
@@ -153,7 +166,7 @@ class Server:
             self._metrics.connections_open -= 1
 
     def rows(self, service: str | None = None) -> Iterator[Row]:
-        """What STATS answers."""
+        """What STATS answers of this process."""
         if service is not None:
             yield from self._allocator.service_rows(service)
             return
@@ -163,6 +176,9 @@ class Server:
         yield from self._store_rows()
         yield from self._allocator.rows()
         yield from self._metrics.rows()
+
+    def _report(self, service: str | None) -> Iterable[Row] | None:
+        return self.rows(service) if self._gather is None else None
 
     def snapshot(self, service: str | None = None) -> Snapshot:
         """What this process measured: of the server, or of one service alone."""
@@ -190,8 +206,21 @@ class Server:
                     await stream.send_eof()
 
 
+class Stoppable(Protocol):
+    """What can be drained."""
+
+    @property
+    def is_stopping(self) -> bool:
+        """Has a stop begun?"""
+        ...
+
+    def stop(self) -> None:
+        """Begin it."""
+        ...
+
+
 async def stop_on_signals(
-    server: Server, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    server: Stoppable, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
 ) -> None:
     """Drain at the first stop signal; at the second, give up everything at once.
 

@@ -17,7 +17,8 @@ ORDER: Final = (
     *("errors", "names", "address", "kinds", "config", "metrics", "log", "protocol", "session"),
     *("snapshot", "pool", "sizing", "recent", "underway", "backoff", "health", "bridge", "ledger"),
     *("counter", "reservation", "sync", "fallback", "service", "allocator", "stores"),
-    *("lanes", "connection", "listeners", "server", "client", "composition", "cli", "__main__"),
+    *("lanes", "connection", "listeners", "server", "client", "link", "workers", "composition"),
+    *("worker", "cli", "__main__"),
 )
 #: What talks and what allocates know nothing of each other; `server` puts them together.
 TALKING: Final = frozenset({"protocol", "session"})

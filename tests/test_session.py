@@ -52,6 +52,7 @@ def test_a_conversation() -> None:
         (b"AUTH s3cret", [b"ERR denied no tokens are configured on this server"]),
         (b"STATS", [b"STAT about all", b"STAT ratio 0.5", b"END"]),
         (b"STATS Orders", [b"STAT about orders", b"STAT ratio 0.5", b"END"]),
+        (b"STATS slow", [b"STAT about slow", b"STAT ratio 0.5", b"END"]),
         (b"STATS spent", [b"ERR busy ask again later"]),
         (b"HELP", HELP),
         (b"QUIT", [b"OK"]),
