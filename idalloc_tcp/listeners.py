@@ -6,7 +6,7 @@ import socket
 import stat
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from typing import Final, final
+from typing import Final, Self, final
 
 import attrs
 import trio
@@ -35,6 +35,13 @@ class Listener:
     socket: socket.socket
     #: Device and inode of a Unix socket's name that is ours to remove.
     _name_identity: tuple[int, int] | None = None
+
+    @classmethod
+    def adopt(cls, descriptor: int) -> Self:
+        """A socket that another process opened, which also looks after its name."""
+        listening = socket.socket(fileno=descriptor)
+        listening.setblocking(False)
+        return cls(listening)
 
     @property
     def address(self) -> str:

@@ -23,7 +23,7 @@ async def _work(control: socket.socket) -> int:
         setup = await link.receive()
         if setup is None:
             return 1
-        listeners = [Listener(socket.socket(fileno=number)) for number in setup["descriptors"]]
+        listeners = [Listener.adopt(number) for number in setup["descriptors"]]
         try:
             settings = Settings(**setup["settings"])
             await composition.serve_linked(settings, listeners, link, setup["number"])
