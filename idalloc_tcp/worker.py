@@ -1,7 +1,11 @@
-"""A worker process. `workers.py` starts it, with the descriptor of its link as the argument."""
+"""A worker process.
+
+`workers.py` starts it, with the descriptors of its link and of its listening sockets as arguments.
+"""
 
 import socket
 import sys
+from collections.abc import Sequence
 
 import trio
 
@@ -13,17 +17,14 @@ from idalloc_tcp.listeners import Listener
 from idalloc_tcp.workers import refusal_message
 
 
-def main(descriptor: int) -> int:
-    """Serve as the parent on the other side says; the exit status."""
-    return trio.run(_work, socket.socket(fileno=descriptor))
-
-
-async def _work(control: socket.socket) -> int:
-    async with Link(trio.SocketStream(trio.socket.from_stdlib_socket(control))) as link:
+async def work(control: int, listening: Sequence[int]) -> int:
+    """Serve as the parent on the other side of the link says; the exit status."""
+    stream = trio.SocketStream(trio.socket.from_stdlib_socket(socket.socket(fileno=control)))
+    async with Link(stream) as link:
         setup = await link.receive()
         if setup is None:
             return 1
-        listeners = [Listener.adopt(number) for number in setup["descriptors"]]
+        listeners = [Listener.adopt(descriptor) for descriptor in listening]
         try:
             settings = Settings(**setup["settings"])
             await composition.serve_linked(settings, listeners, link, setup["number"])
@@ -34,4 +35,5 @@ async def _work(control: socket.socket) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1])))
+    descriptors = [int(argument) for argument in sys.argv[1:]]
+    sys.exit(trio.run(work, descriptors[0], descriptors[1:]))

@@ -13,10 +13,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import ExitStack
-from functools import partial
-from typing import Any, Final, final
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Final, final
 
 import attrs
 import trio
@@ -37,14 +36,16 @@ GATHER_SECONDS: Final = 2 * ANSWER_SECONDS
 SETTLED_SECONDS: Final = 10.0
 #: What a stop may take beyond `drain_seconds`: fetches under way, give-backs, tasks in line.
 STOP_SECONDS: Final = 15.0
+#: How long a process may take to be gone after it was killed.
+KILL_SECONDS: Final = 2.0
 
 #: Is told that everything serves, and what the stores are.
 Ready = Callable[[Mapping[str, str]], Awaitable[None]]
 
 
-def setup_message(settings: Mapping[str, Any], descriptors: Sequence[int], number: int) -> Message:
-    """What a worker has to know first: the settings, its listening sockets, which worker it is."""
-    return {"settings": settings, "descriptors": descriptors, "number": number}
+def setup_message(settings: Settings, number: int) -> Message:
+    """What a worker has to know first: with which settings it runs, and which worker it is."""
+    return {"settings": attrs.asdict(settings, recurse=False), "number": number}
 
 
 def refusal_message(error: IdallocError) -> Message:
@@ -198,55 +199,54 @@ class Workers:
         """Run one process, from its start to its end.
 
         Raises:
-            IdallocError: it refused to start.
+            IdallocError: it could not be started, or refused to serve.
         """
-        async with trio.open_nursery() as nursery:
-            process, link = await self._start(nursery, number)
-            self._processes.add(process)
+        process, link = await self._start(number)
+        self._processes.add(process)
+        try:
             if self.is_stopping:
                 process.terminate()
-            try:
-                async with link:
-                    described = _described(await link.receive())
-                    if described is not None:
-                        task_status.started(described)
-                        await self._listen(number, link)
-                status = await process.wait()
-            finally:
-                self._processes.discard(process)
-        if described is None and not self.is_stopping:
+            async with link:
+                await link.send(setup_message(self._settings, number))
+                said = await link.receive() or {}
+                if "ready" in said:
+                    task_status.started(said["ready"])
+                    await self._listen(number, link)
+            status = await process.wait()
+        finally:
+            self._processes.discard(process)
+            process.kill()
+            with trio.move_on_after(KILL_SECONDS, shield=True):
+                await process.wait()
+        if "refused" in said:
+            raise _refusal(said)
+        if "ready" not in said and not self.is_stopping:
             raise StartRefused(f"worker {number} ended with status {status} before it served")
         if status or not self.is_stopping:
             log.warning("a worker ended", worker=number, pid=process.pid, status=status)
 
-    async def _start(self, nursery: trio.Nursery, number: int) -> tuple[trio.Process, Link]:
+    async def _start(self, number: int) -> tuple[trio.Process, Link]:
         await trio.lowlevel.checkpoint_if_cancelled()
-        with ExitStack() as copies:
+        with _refused_for(number), ExitStack() as theirs:
             # Copies, because a stop may close ours while the process is being made.
-            descriptors = [
-                copies.enter_context(listener.socket.dup()).fileno()
-                for listener in self._shares[number - 1]
-            ]
-            ours, theirs = socket.socketpair()
-            control = copies.enter_context(theirs).fileno()
-            link = Link(trio.SocketStream(trio.socket.from_stdlib_socket(ours)))
-            process = await nursery.start(
-                partial(
-                    trio.run_process,
-                    [sys.executable, "-P", "-m", "idalloc_tcp.worker", str(control)],
+            listening = [listener.socket.dup() for listener in self._shares[number - 1]]
+            ours, control = socket.socketpair()
+            descriptors = [theirs.enter_context(one).fileno() for one in (control, *listening)]
+            command = [sys.executable, "-P", "-m", "idalloc_tcp.worker", *map(str, descriptors)]
+            try:
+                process = await trio.lowlevel.open_process(
+                    command,
                     stdin=subprocess.DEVNULL,
-                    check=False,
-                    deliver_cancel=_kill,
-                    pass_fds=[control, *descriptors],
+                    pass_fds=descriptors,
                     # The same code as ours, wherever we were started.
                     env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-                    # Signals from a terminal are for us alone: we pass them on.
-                    process_group=0,
+                    # What a terminal sends is for us alone: we pass it on.
+                    start_new_session=True,
                 )
-            )
-        settings = attrs.asdict(self._settings, recurse=False)
-        await link.send(setup_message(settings, descriptors, number))
-        return process, link
+            except BaseException:
+                ours.close()
+                raise
+        return process, Link(trio.SocketStream(trio.socket.from_stdlib_socket(ours)))
 
     async def _listen(self, number: int, link: Link) -> None:
         worker = self._workers[number] = _Worker(link)
@@ -270,20 +270,14 @@ class Workers:
         return {listener for share in self._shares for listener in share}
 
 
-def _described(message: Message | None) -> dict[str, str] | None:
-    """What a worker that serves says of its stores; None: it said nothing.
-
-    Raises:
-        IdallocError: it said why it cannot start.
-    """
-    if message is None:
-        return None
-    if "refused" in message:
-        refusal: type[IdallocError] = getattr(errors, message["refused"])
-        raise refusal(message["text"])
-    described: dict[str, str] = message["ready"]
-    return described
+def _refusal(message: Message) -> IdallocError:
+    kind: type[IdallocError] = getattr(errors, message["refused"])
+    return kind(message["text"])
 
 
-async def _kill(process: trio.Process) -> None:
-    process.kill()
+@contextmanager
+def _refused_for(number: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StartRefused(f"cannot start worker {number}: {error.strerror or error}") from error

@@ -4,7 +4,8 @@
 
 Every client takes IDs in mixed counts, several requests in flight, and keeps every range that it
 was given. With `--kills`, servers are killed (as by a crash) and started again under the load, and
-clients connect again. Of servers with `--workers` single workers are killed instead. In the end all ranges are laid side by side. Exits with 1 if any two overlap.
+clients connect again. Of servers with `--workers`, single workers are killed instead. In the end
+all ranges are laid side by side. Exits with 1 if any two overlap.
 """
 
 import argparse
