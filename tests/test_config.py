@@ -222,7 +222,7 @@ CEILINGS: Final = f"expected service names, each with an integer from 1 to {MAX_
         ("ceilings = {a = 1, A = 1}", "found a service that is named twice"),
         ("lease_segments = 0", "an integer from 1 to 1_000_000, found 0"),
         ("workers = 0", "an integer from 1 to 128, or auto, found 0"),
-        ("workers = 'all'", "an integer from 1 to 128, or auto, found \"all\""),
+        ("workers = 'all'", 'an integer from 1 to 128, or auto, found "all"'),
         ("sync_workers = 1001", "an integer from 1 to 1_000, found 1_001"),
         ("create_table = 1", "expected true or false, found 1"),
         ('fallback = "on"', 'expected one of off, random, found "on"'),

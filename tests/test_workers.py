@@ -14,6 +14,7 @@ import attrs
 import psutil
 import pytest
 
+from idalloc_tcp.workers import GATHER_SECONDS
 from tests.hammer import overlaps
 from tests.processes import ServerProcess
 
@@ -67,7 +68,8 @@ class Client:
         """The lines of the answer."""
         self._socket.sendall(f"{request}\n".encode())
         answer = b""
-        while not answer.endswith(b"END\n" if request.startswith("STATS") else b"\n"):
+        end = b"END\n" if request.startswith("STATS") else b"\n"
+        while not answer.endswith(end) and not (answer.startswith(b"ERR") and b"\n" in answer):
             data = self._socket.recv(65_536)
             if not data:
                 raise ConnectionError("closed")
@@ -140,6 +142,20 @@ def test_a_silent_worker_is_left_out_of_stats(server: ServerProcess) -> None:
         assert asking.stats("orders")["workers_silent"] == "1"
         hung.resume()
         until(lambda: asking.stats()["workers_silent"] == "0")
+
+
+def test_stats_that_cannot_be_gathered_are_refused(server: ServerProcess) -> None:
+    """With a parent that hangs, STATS is answered with an error soon, and IDs flow on."""
+    parent = psutil.Process(server.process.pid)
+    with ExitStack() as stack:
+        client = connect(server, stack, 1)[0]
+        parent.suspend()
+        began_at = time.monotonic()
+        assert client.ask("STATS")[0].startswith("ERR busy ")
+        assert time.monotonic() - began_at < 2 * GATHER_SECONDS
+        client.alloc(1)
+        parent.resume()
+        until(lambda: client.stats()["ids_total"] == "1")
 
 
 def test_a_dead_worker_takes_no_other_connection_with_it(server: ServerProcess) -> None:
