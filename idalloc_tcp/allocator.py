@@ -1,5 +1,6 @@
 """All services of one process, made on demand and let go when idle."""
 
+import heapq
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, Protocol, final
 
@@ -128,6 +129,12 @@ class Allocator:
         yield "active", int(service is not None)
         if service is not None:
             yield from service.rows()
+
+    def busiest(self, services_max: int) -> list[str]:
+        """The services in use that gave out most IDs, most first, up to so many."""
+        services = self._services.values()
+        most = heapq.nlargest(services_max, services, key=lambda one: one.pool.served_ids)
+        return [service.name for service in most]
 
     def _start(self, name: str) -> Service:
         if self._stopping.is_set():

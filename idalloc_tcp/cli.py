@@ -60,8 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         causes = _leaves(group)
         if any(isinstance(cause, KeyboardInterrupt) for cause in causes):
             return INTERRUPTED
-        if len(causes) == 1 and isinstance(causes[0], IdallocError):
-            return _complain(causes[0])
+        complaints = [cause for cause in causes if isinstance(cause, IdallocError)]
+        if len(complaints) == len(causes):
+            return _complain(complaints[0])  # Workers refuse for the same reason.
         raise
     except KeyboardInterrupt:
         return INTERRUPTED

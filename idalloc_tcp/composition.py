@@ -1,6 +1,8 @@
 """The composition root: the one place that knows every part, and puts them together."""
 
 import resource
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Final
 
@@ -10,16 +12,21 @@ import trio
 from idalloc_tcp import __version__, log
 from idalloc_tcp.allocator import Allocator, AllocatorPolicy
 from idalloc_tcp.config import Settings
-from idalloc_tcp.connection import ConnectionLimits
+from idalloc_tcp.connection import ConnectionLimits, Gather
+from idalloc_tcp.errors import Busy
 from idalloc_tcp.fallback import random_range
 from idalloc_tcp.lanes import HAS_EPOLL, Sweep
-from idalloc_tcp.listeners import open_listeners
-from idalloc_tcp.metrics import Metrics
+from idalloc_tcp.limits import RateLimiter, RateLimits
+from idalloc_tcp.link import Link, Query
+from idalloc_tcp.listeners import Listener, open_listeners, open_shared_listeners
+from idalloc_tcp.metrics import Metrics, Row
 from idalloc_tcp.pool import MAX_ID
 from idalloc_tcp.server import Server, ServerLimits, stop_on_signals
 from idalloc_tcp.session import Fallback, no_fallback
 from idalloc_tcp.sizing import SizePolicy
+from idalloc_tcp.snapshot import Snapshot
 from idalloc_tcp.stores import Stores, mysql_url, open_stores
+from idalloc_tcp.workers import GATHER_SECONDS, Ready, Workers, ready_message
 
 #: Files open beside the connections: listeners, the ledger, Trio's own.
 SPARE_FILES: Final = 32
@@ -33,29 +40,112 @@ def serve(settings: Settings) -> None:
         KeyboardInterrupt: a second signal came before the stop was over. In an ExceptionGroup.
     """
     log.configure(settings.log_level, settings.log_format)
+    trio.run(_serve_alone if settings.worker_count == 1 else _serve_together, settings)
+
+
+async def _serve_alone(settings: Settings) -> None:
+    # Before the stores: an address that is taken is noticed before a data file is made.
+    listeners = await open_listeners(settings.addresses())
+    await _serve(settings, listeners, partial(_announce, listeners))
+    log.event("stopped")
+
+
+async def _serve_together(settings: Settings) -> None:
+    count = settings.worker_count
+    shares = await open_shared_listeners(settings.addresses(), count)
+    workers = Workers(_share_of(settings, count), shares)
+    async with trio.open_nursery() as signals:
+        await signals.start(stop_on_signals, workers)
+        await workers.run(partial(_announce, shares[0], workers=count))
+        signals.cancel_scope.cancel()
+    log.event("stopped")
+
+
+def _share_of(settings: Settings, workers: int) -> Settings:
+    """What each of several workers runs with: its part of what the server may do in all."""
+    shared = (
+        *("max_connections", "rate_limit_qps", "rate_limit_ids"),
+        *("service_rate_limit_qps", "service_rate_limit_ids"),
+    )
+    return attrs.evolve(
+        settings, **{name: -(-getattr(settings, name) // workers) for name in shared}
+    )
+
+
+def rate_limits(settings: Settings) -> RateLimits:
+    """Those of one process."""
+    return RateLimits(
+        settings.rate_limit_qps,
+        settings.rate_limit_ids,
+        settings.service_rate_limit_qps,
+        settings.service_rate_limit_ids,
+    )
+
+
+async def serve_linked(
+    settings: Settings, listeners: Sequence[Listener], link: Link, number: int
+) -> None:
+    """Be worker `number` of the parent on the other side of the link, until told to stop.
+
+    Raises:
+        StartRefused: the data file cannot be used.
+        SettingsError: a URL does not say what it should.
+    """
+    log.configure(settings.log_level, settings.log_format, worker=number)
+
+    async def ready(described: Mapping[str, str]) -> None:
+        await link.send(ready_message(described))
+
+    await _serve(settings, listeners, ready, link)
+
+
+async def _announce(
+    listeners: Sequence[Listener], described: Mapping[str, str], **fields: object
+) -> None:
+    listen = [listener.address for listener in listeners]
+    log.event("serving", listen=listen, **described, **fields, version=__version__)
+
+
+async def _serve(
+    settings: Settings, listeners: Sequence[Listener], ready: Ready, link: Link | None = None
+) -> None:
+    """Run the server of this process until it is told to stop, or its parent is gone."""
     max_connections = _raise_file_limit(settings.max_connections)
     if max_connections < settings.max_connections:
         log.warning("the limit of open files allows fewer connections", max=max_connections)
         settings = attrs.evolve(settings, max_connections=max_connections)
-    trio.run(partial(_serve, settings))
-
-
-async def _serve(settings: Settings) -> None:
     metrics = Metrics()
-    # Before the stores: an address that is taken is noticed before a data file is made.
-    listeners = await open_listeners(settings.addresses())
     async with open_stores(settings, metrics) as stores:
-        server = _server(settings, stores, metrics)
-        async with trio.open_nursery() as signals:
-            await signals.start(stop_on_signals, server)
-            listen = [listener.address for listener in listeners]
-            log.event("serving", listen=listen, **stores.described, version=__version__)
+        gather = None if link is None else partial(_gather, link)
+        server = _server(settings, stores, metrics, gather)
+        async with trio.open_nursery() as beside:
+            await beside.start(stop_on_signals, server)
+            await ready(stores.described)
+            if link is not None:
+                beside.start_soon(_answer, link, server)
             await server.run(listeners)
-            signals.cancel_scope.cancel()
-    log.event("stopped")
+            beside.cancel_scope.cancel()
 
 
-def _server(settings: Settings, stores: Stores, metrics: Metrics) -> Server:
+async def _gather(link: Link, service: str | None) -> Iterable[Row]:
+    snapshot = await link.ask(Query(service), GATHER_SECONDS)
+    if snapshot is None:
+        raise Busy("the workers could not be asked in time; retry later")
+    return snapshot.about(service)
+
+
+async def _answer(link: Link, server: Server) -> None:
+    async def answer(query: Query) -> Snapshot:
+        if query.service is not None:
+            return server.snapshot(query.service)
+        return server.snapshot_all(query.services_max)
+
+    await link.run(answer)
+    log.warning("the parent process is gone")
+    server.stop()
+
+
+def _server(settings: Settings, stores: Stores, metrics: Metrics, gather: Gather | None) -> Server:
     sizes = SizePolicy(settings.segment_size, settings.segment_size_max, settings.pool_seconds)
     allocator = Allocator(
         stores.source,
@@ -76,7 +166,10 @@ def _server(settings: Settings, stores: Stores, metrics: Metrics) -> Server:
         ),
     )
     sweep = Sweep() if HAS_EPOLL and settings.lane != "stream" else None
-    return Server(allocator, limits, metrics, stores.rows, _fallback(settings), sweep)
+    rates = rate_limits(settings)
+    limiter = RateLimiter(rates, time.monotonic) if rates else None
+    fallback = _fallback(settings)
+    return Server(allocator, limits, metrics, stores.rows, fallback, sweep, limiter, gather)
 
 
 def _fallback(settings: Settings) -> Fallback:

@@ -15,6 +15,7 @@ overrides replaces the whole value: a list or a table is never merged.
 # ruff: noqa: RUF009 - `setting` makes attributes, as `attrs.field` does
 
 import argparse
+import os
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
@@ -36,6 +37,7 @@ from idalloc_tcp.kinds import (
     choice,
     file,
     integer,
+    integer_or_auto,
     last_ids,
     printable,
     seconds,
@@ -48,6 +50,7 @@ from idalloc_tcp.kinds import (
 PREFIX: Final = "IDALLOC_TCP_"
 CONFIG_VARIABLE: Final = f"{PREFIX}CONFIG"
 FILE_BYTES_MAX: Final = 16 * 2**20
+WORKERS_MAX: Final = 128
 
 _RULE: Final = "rule"
 _T = TypeVar("_T")
@@ -57,6 +60,7 @@ Flag: TypeAlias = str | Sequence[str] | bool
 LogLevel: TypeAlias = Literal["debug", "info", "warning", "error"]
 Fallback: TypeAlias = Literal["off", "random"]
 Lane: TypeAlias = Literal["sweep", "stream"]
+Workers: TypeAlias = int | Literal["auto"]
 LogFormat: TypeAlias = Literal["console", "json"]
 
 
@@ -101,6 +105,7 @@ _STORES: Final = "database and Redis"
 _IDS: Final = "IDs"
 _TIMES: Final = "times"
 _BOUNDS: Final = "bounds"
+_RATES: Final = "rates"
 _LOG: Final = "log"
 
 
@@ -266,6 +271,12 @@ class Settings:
         "Whether one task serves all connections that need not wait (sweep, the faster; only "
         "where there is epoll), or each connection's own (stream).",
     )
+    workers: Workers = setting(
+        1,
+        integer_or_auto(1, WORKERS_MAX),
+        _BOUNDS,
+        "How many processes serve, on the same addresses; auto is one for each CPU.",
+    )
     max_connections: int = setting(
         16_384, integer(1, 1_000_000), _BOUNDS, "How many connections may be open at once."
     )
@@ -274,6 +285,30 @@ class Settings:
         integer(1, 10_000_000),
         _BOUNDS,
         "How many services one process may have in use at once.",
+    )
+    rate_limit_qps: int = setting(
+        0,
+        integer(0, 1_000_000_000),
+        _RATES,
+        "How many ALLOCs a second are served, of all services together; 0 is no limit.",
+    )
+    rate_limit_ids: int = setting(
+        0,
+        integer(0, 1_000_000_000_000),
+        _RATES,
+        "How many IDs a second are given away, of all services together; 0 is no limit.",
+    )
+    service_rate_limit_qps: int = setting(
+        0,
+        integer(0, 1_000_000_000),
+        _RATES,
+        "How many ALLOCs a second are served of each service; 0 is no limit.",
+    )
+    service_rate_limit_ids: int = setting(
+        0,
+        integer(0, 1_000_000_000_000),
+        _RATES,
+        "How many IDs a second are given away of each service; 0 is no limit.",
     )
     log_level: LogLevel = setting(
         "info", choice(get_args(LogLevel)), _LOG, "The least severity that is logged."
@@ -303,6 +338,13 @@ class Settings:
     def addresses(self) -> list[Address]:
         """Where to listen, parsed."""
         return [parse_address(text) for text in self.listen]
+
+    @property
+    def worker_count(self) -> int:
+        """How many processes serve. `auto`: as many as there are CPUs that this one may use."""
+        if self.workers == "auto":
+            return min(len(os.sched_getaffinity(0)), WORKERS_MAX)
+        return self.workers
 
     def data_path(self) -> Path:
         """The SQLite file. Its directory need not exist yet."""

@@ -9,7 +9,7 @@ The connection's nursery lives as long as the connection. Two deadlines guard it
 A connection that has a place in the fast lane hears there while its session is at rest.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from math import inf
 from typing import Final, final
@@ -20,6 +20,8 @@ import trio
 from idalloc_tcp import log
 from idalloc_tcp.errors import BadSyntax, IdallocError, Internal
 from idalloc_tcp.lanes import Rider
+from idalloc_tcp.metrics import Row
+from idalloc_tcp.protocol import Alloc, Stats
 from idalloc_tcp.session import RECEIVE_BYTES, Session
 
 #: On a stop, a client that has sent nothing for so long counts as idle.
@@ -33,6 +35,13 @@ FAREWELL_SECONDS: Final = 0.5
 
 #: Waits for IDs: as `Session`'s take, but never None.
 Wait = Callable[[str, int], Awaitable[int]]
+#: Gathers measured values from several processes: as `Session`'s report, but never None.
+Gather = Callable[[str | None], Awaitable[Iterable[Row]]]
+
+
+async def no_gathering(_service: str | None) -> Iterable[Row]:
+    """This process is the only one."""
+    raise Internal("there is nobody to ask")
 
 
 @final
@@ -56,6 +65,7 @@ class Connection:
     Args:
         wait: gets the IDs that the session must wait for.
         rider: its place in the fast lane, if there is one. The stream is on the same socket.
+        gather: gets the measured values that the session must wait for.
     """
 
     _stream: trio.abc.HalfCloseableStream
@@ -63,6 +73,7 @@ class Connection:
     _wait: Wait
     _limits: ConnectionLimits
     _rider: Rider | None = None
+    _gather: Gather = no_gathering
     _scope: trio.CancelScope = attrs.field(init=False, factory=trio.CancelScope)
     #: Around what hears, or heard last.
     _patience: trio.CancelScope = attrs.field(init=False, factory=trio.CancelScope)
@@ -158,17 +169,19 @@ class Connection:
             if replies:
                 await self._send(replies)
             if session.waiting:
-                await self._settle(session.waiting.service, session.waiting.count)
+                await self._settle(session.waiting)
             elif not session.has_work:
                 return
 
-    async def _settle(self, service: str, count: int) -> None:
+    async def _settle(self, request: Alloc | Stats) -> None:
         try:
-            first = await self._wait(service, count)
+            match request:
+                case Alloc(service, count):
+                    self._session.resolve(await self._wait(service, count))
+                case Stats(about):
+                    self._session.describe(await self._gather(about))
         except IdallocError as error:
             self._session.reject(error)
-        else:
-            self._session.resolve(first)
 
     async def _send(self, data: bytes) -> None:
         self._scope.deadline = trio.current_time() + self._limits.send_seconds

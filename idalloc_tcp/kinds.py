@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final, Generic, TypeVar, cast, final
+from typing import Any, Final, Generic, Literal, TypeVar, cast, final
 from urllib.parse import urlsplit
 
 import attrs
@@ -71,6 +71,19 @@ def integer(minimum: int, maximum: int) -> Kind[int]:
         return value
 
     return Kind(f"an integer from {minimum:_} to {maximum:_}", "N", read, int)
+
+
+def integer_or_auto(minimum: int, maximum: int) -> Kind[int | Literal["auto"]]:
+    """Whole numbers, or the word that leaves the number to the program."""
+    number = integer(minimum, maximum)
+
+    def read(value: object) -> int | Literal["auto"]:
+        return "auto" if value == "auto" else number.read(value)
+
+    def from_text(text: str) -> object:
+        return text if text == "auto" else number.from_text(text)
+
+    return Kind(f"{number.expected}, or auto", "N|auto", read, from_text)
 
 
 def seconds(minimum: float, maximum: float = YEAR_SECONDS) -> Kind[float]:

@@ -6,7 +6,7 @@ import socket
 import stat
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from typing import Final, final
+from typing import Final, Self, final
 
 import attrs
 import trio
@@ -35,6 +35,13 @@ class Listener:
     socket: socket.socket
     #: Device and inode of a Unix socket's name that is ours to remove.
     _name_identity: tuple[int, int] | None = None
+
+    @classmethod
+    def adopt(cls, descriptor: int) -> Self:
+        """A socket that another process opened, which also looks after its name."""
+        listening = socket.socket(fileno=descriptor)
+        listening.setblocking(False)
+        return cls(listening)
 
     @property
     def address(self) -> str:
@@ -72,12 +79,34 @@ class Listener:
             welcome(client)
         return True
 
+    def twin(self) -> "Listener":
+        """Another socket on the same port: the kernel deals new connections out to both.
+
+        The first was bound as one that shares with nobody, so a port that another server has,
+        even one that would share it, was refused. A Unix socket is its own twin.
+
+        Raises:
+            OSError: it cannot be had.
+        """
+        if self.socket.family == socket.AF_UNIX:
+            return self
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listening = socket.socket(self.socket.family, self.socket.type)
+        try:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            _set_options(listening)
+            _listen(listening, self.socket.getsockname())
+            return Listener(listening)
+        except BaseException:
+            listening.close()
+            raise
+
     def remove_name(self) -> None:
         """Take a Unix socket's name out of the file system, unless it is somebody else's now."""
         if self._name_identity is None:
             return
-        path = self.socket.getsockname()
         with suppress(OSError):  # It is gone already, or must stay: no reason to fail.
+            path = self.socket.getsockname()
             if _identity_of(path) == self._name_identity:
                 os.unlink(path)
 
@@ -96,6 +125,24 @@ async def open_listeners(addresses: Sequence[Address]) -> list[Listener]:
         close_listeners(listeners)
         raise
     return listeners
+
+
+async def open_shared_listeners(addresses: Sequence[Address], shares: int) -> list[list[Listener]]:
+    """As `open_listeners`, for several processes: for each its share of every address.
+
+    Raises:
+        StartRefused: one of the addresses cannot be had; none is left open.
+    """
+    first = await open_listeners(addresses)
+    rest = [list[Listener]() for _ in range(shares - 1)]
+    try:
+        for share in rest:
+            for listener in first:
+                share.append(listener.twin())
+    except OSError as error:
+        close_listeners({listener for share in (first, *rest) for listener in share})
+        raise StartRefused(f"cannot share a port: {error.strerror or error}") from error
+    return [first, *rest]
 
 
 def close_listeners(listeners: Iterable[Listener]) -> None:
@@ -133,12 +180,16 @@ async def _open_tcp(host: str, port: int, listeners: list[Listener]) -> None:
             continue
         listeners.append(Listener(listening))
         opened += 1
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        _set_options(listening)
         _listen(listening, name)
     if unsupported is not None and not opened:
         raise unsupported
+
+
+def _set_options(listening: socket.socket) -> None:
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if listening.family == socket.AF_INET6:
+        listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
 
 
 def _listen(listening: socket.socket, name: object) -> None:

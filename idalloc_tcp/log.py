@@ -29,9 +29,20 @@ def failure(name: str, **fields: object) -> None:
     _LOGGER.error(name, exc_info=True, extra={"fields": fields})
 
 
-def configure(level: str, form: str) -> None:
-    """Send events of `level` and above to standard error, as `console` or as `json` lines."""
+def configure(level: str, form: str, **common: object) -> None:
+    """Send events of `level` and above to standard error, as `console` or as `json` lines.
+
+    Args:
+        common: fields of every event.
+    """
+
+    def add_common(record: logging.LogRecord) -> bool:
+        record.fields = {**getattr(record, "fields", {}), **common}
+        return True
+
     handler = logging.StreamHandler(sys.stderr)
+    if common:
+        handler.addFilter(add_common)
     handler.setFormatter(_json_formatter() if form == "json" else _ConsoleFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 

@@ -12,14 +12,20 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from socket import socket
-from typing import Final, final
+from typing import Final, Protocol, final
 
 import attrs
 import trio
 
 from idalloc_tcp import __version__, log
 from idalloc_tcp.allocator import Allocator
-from idalloc_tcp.connection import FAREWELL_SECONDS, Connection, ConnectionLimits
+from idalloc_tcp.connection import (
+    FAREWELL_SECONDS,
+    Connection,
+    ConnectionLimits,
+    Gather,
+    no_gathering,
+)
 from idalloc_tcp.errors import Busy
 from idalloc_tcp.express import Express
 from idalloc_tcp.lanes import Sweep
@@ -28,6 +34,7 @@ from idalloc_tcp.listeners import BACKLOG, Listener, close_listeners
 from idalloc_tcp.metrics import Metrics, Row
 from idalloc_tcp.protocol import RequestParser, err
 from idalloc_tcp.session import Fallback, Session, Take, no_fallback
+from idalloc_tcp.snapshot import Snapshot
 
 #: A stop by these is a clean one; a second one ends the process at once.
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
@@ -57,6 +64,7 @@ class Server:
         fallback: what stands in for IDs that are unavailable.
         sweep: the fast lane; without one every connection is on its own.
         limiter: how fast IDs may go; without one as fast as they can.
+        gather: what STATS answers, if this process is one of several.
     """
 
     _allocator: Allocator
@@ -66,6 +74,7 @@ class Server:
     _fallback: Fallback = no_fallback
     _sweep: Sweep | None = None
     _limiter: RateLimiter | None = None
+    _gather: Gather | None = None
     _parser: RequestParser = attrs.field(init=False)
     _express: Express = attrs.field(init=False)
     _take: Take = attrs.field(init=False)
@@ -139,7 +148,7 @@ class Server:
         session = Session(
             self._parser,
             self._take,
-            self.rows,
+            self._report,
             self._metrics,
             self._fallback,
             self._express.answer,
@@ -148,7 +157,12 @@ class Server:
         if self._sweep is not None and connected is not None:
             rider = self._sweep.rider(connected, session)
         connection = Connection(
-            stream, session, self._allocator.wait, self._limits.connection, rider
+            stream,
+            session,
+            self._allocator.wait,
+            self._limits.connection,
+            rider,
+            self._gather or no_gathering,
         )
         self._connections.add(connection)
         self._metrics.connections_total += 1
@@ -162,7 +176,7 @@ class Server:
             self._metrics.connections_open -= 1
 
     def rows(self, service: str | None = None) -> Iterator[Row]:
-        """What STATS answers."""
+        """What STATS answers of this process."""
         if service is not None:
             yield from self._allocator.service_rows(service)
             return
@@ -172,6 +186,19 @@ class Server:
         yield from self._store_rows()
         yield from self._allocator.rows()
         yield from self._metrics.rows()
+
+    def _report(self, service: str | None) -> Iterable[Row] | None:
+        return self.rows(service) if self._gather is None else None
+
+    def snapshot(self, service: str | None = None) -> Snapshot:
+        """What this process measured: of the server, or of one service alone."""
+        rows = dict(self.rows(service))
+        return Snapshot(rows) if service is None else Snapshot({}, {service: rows})
+
+    def snapshot_all(self, services_max: int) -> Snapshot:
+        """What this process measured, and the services that gave out most IDs, most first."""
+        names = self._allocator.busiest(services_max)
+        return Snapshot(dict(self.rows()), {name: dict(self.rows(name)) for name in names})
 
     def _drain(self, scope: trio.CancelScope) -> None:
         log.event("draining", connections=len(self._connections))
@@ -189,8 +216,21 @@ class Server:
                     await stream.send_eof()
 
 
+class Stoppable(Protocol):
+    """What can be drained."""
+
+    @property
+    def is_stopping(self) -> bool:
+        """Has a stop begun?"""
+        ...
+
+    def stop(self) -> None:
+        """Begin it."""
+        ...
+
+
 async def stop_on_signals(
-    server: Server, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    server: Stoppable, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
 ) -> None:
     """Drain at the first stop signal; at the second, give up everything at once.
 

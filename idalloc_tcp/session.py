@@ -5,8 +5,9 @@ A lane (whatever moves the bytes: a stream, a sweep over ready sockets, a test) 
     session.receive(data)            b"" says that the client will send no more
     while True:
         send(session.advance())      replies to all that can be answered now
-        if session.waiting:          an ALLOC whose pool is empty: get IDs, then one of
-            session.resolve(first)   … they came
+        if session.waiting:          an ALLOC whose pool is empty, or a STATS that needs others
+            session.resolve(first)   … the IDs came, or
+            session.describe(rows)   … the measured values did, or
             session.reject(error)    … they did not
         elif session.finished:       close
         elif not session.has_work:   receive again
@@ -58,13 +59,18 @@ REPLY_BYTES_GOAL: Final = 8_192
 Take = Callable[[str, int], int | None]
 #: The first of `count` IDs that stand in for a service's when no store answers, or None.
 Fallback = Callable[[str, int], int | None]
-#: The measured values of the server (None) or of one service.
-Report = Callable[[str | None], Iterable[Row]]
+#: The measured values of the server (None) or of one service; or None: not without waiting.
+Report = Callable[[str | None], Iterable[Row] | None]
 
 
 def no_fallback(_service: str, _count: int) -> int | None:
     """An error it is."""
     return None
+
+
+def _described(rows: Iterable[Row], line: bytes) -> bytes:
+    end = ending_of(line)
+    return end.join(block([stat(name, value) for name, value in rows])) + end
 
 
 def _refuse_draining(_service: str, _count: int) -> int | None:
@@ -93,8 +99,8 @@ class Session:
     _express: Callable[[bytes], bytes] | None = None
     #: Is there nothing to do until the client sends more, and no line begun?
     is_at_rest: bool = attrs.field(init=False, default=True)
-    #: The ALLOC that must wait for its IDs. Nothing after it is answered before.
-    waiting: Alloc | None = attrs.field(init=False, default=None)
+    #: The request that must wait for its answer. Nothing after it is answered before.
+    waiting: Alloc | Stats | None = attrs.field(init=False, default=None)
     #: Close once the replies are sent; whatever else the client sent is not executed.
     finished: bool = attrs.field(init=False, default=False)
     _reader: LineReader = attrs.field(init=False, factory=LineReader)
@@ -170,12 +176,22 @@ class Session:
     def resolve(self, first: int) -> None:
         """The IDs that `waiting` asked for begin at `first`."""
         request = self._stop_waiting()
+        assert isinstance(request, Alloc), "no IDs were asked for"
         self._settled = self._serve(request, first) + ending_of(self._waiting_line)
 
+    def describe(self, rows: Iterable[Row]) -> None:
+        """These are the measured values that `waiting` asked for."""
+        self._stop_waiting()
+        self._settled = _described(rows, self._waiting_line)
+
     def reject(self, error: IdallocError) -> None:
-        """The IDs that `waiting` asked for are not to be had."""
+        """What `waiting` asked for is not to be had."""
         request = self._stop_waiting()
-        self._settled = self._refuse_alloc(request, error) + ending_of(self._waiting_line)
+        if isinstance(request, Alloc):
+            reply = self._refuse_alloc(request, error)
+        else:
+            reply = self._refuse(error)
+        self._settled = reply + ending_of(self._waiting_line)
 
     def abort(self, error: IdallocError) -> bytes:
         """Give up on this client: what to send it last."""
@@ -183,7 +199,7 @@ class Session:
         replies, self._settled = self._settled, b""
         return replies + self._refuse(error) + b"\n"
 
-    def _stop_waiting(self) -> Alloc:
+    def _stop_waiting(self) -> Alloc | Stats:
         request = self.waiting
         assert request is not None, "no request is waiting"
         self.waiting = None
@@ -196,6 +212,8 @@ class Session:
             request = self._parser.parse(line)
             if type(request) is Alloc:
                 return self._answer_alloc(request, line)
+            if type(request) is Stats:
+                return self._answer_stats(request, line)
             reply = ending_of(line).join(self._dispatch(request))
         except IdallocError as error:
             reply = self._refuse(self._guard_http(line, error))
@@ -210,10 +228,14 @@ class Session:
             return self._begin_waiting(request, line)
         return self._serve(request, first) + ending_of(line)
 
-    def _begin_waiting(self, request: Alloc, line: bytes) -> bytes:
+    def _answer_stats(self, request: Stats, line: bytes) -> bytes:
+        rows = self._report(request.service)
+        return self._begin_waiting(request, line) if rows is None else _described(rows, line)
+
+    def _begin_waiting(self, request: Alloc | Stats, line: bytes) -> bytes:
         self.is_at_rest = False
         self.waiting, self._waiting_line = request, line
-        self._metrics.waits_total += 1
+        self._metrics.waits_total += isinstance(request, Alloc)
         return b""
 
     def _refuse_alloc(self, request: Alloc, error: IdallocError) -> bytes:
@@ -242,15 +264,13 @@ class Session:
         return BadSyntax(f"this server speaks {PROTOCOL}, not HTTP; closing")
 
     def _dispatch(self, request: Request) -> list[bytes]:
-        """The lines that answer anything but an ALLOC."""
+        """The lines that answer what never has to wait."""
         match request:
             case Ping():
                 return [ok("PONG")]
             case Hello():
                 limits = (f"line={LINE_BYTES_MAX}", f"count={self._parser.max_count}")
                 return [ok(PROTOCOL, *limits)]
-            case Stats(service):
-                return block([stat(name, value) for name, value in self._report(service)])
             case Auth():
                 raise Denied("no tokens are configured on this server")
             case Quit():

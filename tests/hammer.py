@@ -4,7 +4,8 @@
 
 Every client takes IDs in mixed counts, several requests in flight, and keeps every range that it
 was given. With `--kills`, servers are killed (as by a crash) and started again under the load, and
-clients connect again. In the end all ranges are laid side by side. Exits with 1 if any two overlap.
+clients connect again. Of servers with `--workers`, single workers are killed instead. In the end
+all ranges are laid side by side. Exits with 1 if any two overlap.
 """
 
 import argparse
@@ -145,14 +146,17 @@ def _judge(all_taken: Sequence[Taken], seconds: float) -> Verdict:
     )
 
 
-def hammer(*, servers: int, clients: int, ids: int, kills: int, seed: int) -> Verdict:
+def hammer(
+    *, servers: int, clients: int, ids: int, kills: int, seed: int, workers: int = 1
+) -> Verdict:
     """Run the load and compare all that was given out."""
     context = multiprocessing.get_context("spawn")
     calm = context.Event()  # No more crashes: whoever has enough may leave.
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "ids.sqlite3"
-        running = [ServerProcess.start(data=data) for _ in range(servers)]
+        flags = ("--workers", str(workers))
+        running = [ServerProcess.start(*flags, data=data) for _ in range(servers)]
         began = time.monotonic()
         try:
             pipes = []
@@ -166,7 +170,10 @@ def hammer(*, servers: int, clients: int, ids: int, kills: int, seed: int) -> Ve
             for _ in range(kills):
                 time.sleep(rng.uniform(0.5, 1.0))
                 index = rng.randrange(servers)
-                running[index] = _crash(running[index], data)
+                if workers > 1:
+                    rng.choice(running[index].workers).kill()
+                else:
+                    running[index] = _crash(running[index], data)
             calm.set()
             taken = [pipe.recv() for pipe in pipes]
         finally:
@@ -186,6 +193,7 @@ def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--servers", type=int, default=2, help="on one data file")
+    parser.add_argument("--workers", type=int, default=1, help="processes of each server")
     parser.add_argument("--clients", type=int, default=8, help="each a process")
     parser.add_argument(
         "--ids", type=int, default=100_000, help="each client takes at least so many"

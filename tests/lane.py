@@ -10,7 +10,7 @@ import attrs
 from idalloc_tcp.errors import Busy, Exhausted
 from idalloc_tcp.express import Express
 from idalloc_tcp.metrics import Metrics, Row
-from idalloc_tcp.protocol import RequestParser
+from idalloc_tcp.protocol import Alloc, RequestParser, Stats
 from idalloc_tcp.session import Session
 
 MAX_COUNT: Final = 1_000_000
@@ -28,8 +28,13 @@ def chunks(data: bytes, cuts: Iterable[int]) -> list[bytes]:
     return [data[start:stop] for start, stop in pairwise(edges)]
 
 
-def report(service: str | None) -> Iterable[Row]:
-    """What STATS answers here; asking about `SPENT` is refused."""
+def report(service: str | None) -> Iterable[Row] | None:
+    """What STATS answers here; asking about `SPENT` is refused, and `SLOW` must be waited for."""
+    return None if service == SLOW else rows(service)
+
+
+def rows(service: str | None) -> Iterable[Row]:
+    """The measured values of any service."""
     if service == SPENT:
         raise Busy("ask again later")
     yield "about", service or "all"
@@ -78,10 +83,18 @@ class Lane:
         for _ in range(STEPS_MAX):
             replies += session.advance()
             if session.waiting:
-                session.resolve(self.give(session.waiting.service, session.waiting.count))
+                self.settle(session.waiting)
             elif not session.has_work:
                 return replies
         raise AssertionError("the session never comes to rest")
+
+    def settle(self, request: Alloc | Stats) -> None:
+        """Give the session what it waits for."""
+        match request:
+            case Alloc(service, count):
+                self.session.resolve(self.give(service, count))
+            case Stats(about):
+                self.session.describe(rows(about))
 
     def converse(self, pieces: Iterable[bytes]) -> bytes:
         """All replies to a client that sends these pieces and then no more."""

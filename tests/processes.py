@@ -35,6 +35,7 @@ class ServerProcess:
     addresses: list[str]
     #: What it logged, line by line.
     lines: list[str]
+    _collector: threading.Thread | None = attrs.field(init=False, default=None)
 
     @classmethod
     def start(
@@ -75,9 +76,16 @@ class ServerProcess:
         return host.strip("[]"), int(port)
 
     @property
+    def workers(self) -> list[psutil.Process]:
+        """Its worker processes; none if it does all by itself."""
+        children: list[psutil.Process] = psutil.Process(self.process.pid).children()
+        return children
+
+    @property
     def rss_mib(self) -> float:
-        """Its resident memory."""
-        rss: int = psutil.Process(self.process.pid).memory_info().rss
+        """The resident memory of the largest of its processes."""
+        processes = [psutil.Process(self.process.pid), *self.workers]
+        rss: int = max(process.memory_info().rss for process in processes)
         return rss / 2**20
 
     def terminate(self) -> int:
@@ -101,6 +109,9 @@ class ServerProcess:
     ) -> None:
         if self.process.poll() is None:
             self.kill()
+        if self._collector is not None:  # It ends with the last process that may write to it.
+            self._collector.join(STOP_SECONDS)
+            assert not self._collector.is_alive(), "a worker outlives its server"
         if self.process.stderr is not None:
             self.process.stderr.close()
 
@@ -118,7 +129,8 @@ class ServerProcess:
                 self.lines.append(line)
                 if serving := _SERVING.search(line):
                     self.addresses += serving[1].split(",")
-                    threading.Thread(target=self._collect, daemon=True).start()
+                    self._collector = threading.Thread(target=self._collect, daemon=True)
+                    self._collector.start()
                     return
         raise RuntimeError(f"the server did not serve within {START_SECONDS:g} s")
 

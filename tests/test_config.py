@@ -221,6 +221,8 @@ CEILINGS: Final = f"expected service names, each with an integer from 1 to {MAX_
         ("ceilings = {'a b' = 1}", '"a b" = 1: a name is 1 to 64 of the characters'),
         ("ceilings = {a = 1, A = 1}", "found a service that is named twice"),
         ("lease_segments = 0", "an integer from 1 to 1_000_000, found 0"),
+        ("workers = 0", "an integer from 1 to 128, or auto, found 0"),
+        ("workers = 'all'", 'an integer from 1 to 128, or auto, found "all"'),
         ("sync_workers = 1001", "an integer from 1 to 1_000, found 1_001"),
         ("create_table = 1", "expected true or false, found 1"),
         ('fallback = "on"', 'expected one of off, random, found "on"'),
@@ -494,9 +496,9 @@ def test_switches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 # Showing settings
 
 
-def integers(maximum: int) -> st.SearchStrategy[int]:
-    """Integers from 1."""
-    return st.integers(1, maximum)
+def integers(maximum: int, minimum: int = 1) -> st.SearchStrategy[int]:
+    """Integers, mostly from 1."""
+    return st.integers(minimum, maximum)
 
 
 def durations(minimum: float, maximum: float = kinds.YEAR_SECONDS) -> st.SearchStrategy[float]:
@@ -548,8 +550,13 @@ VALUES: Final = st.fixed_dictionaries(
         "send_seconds": durations(0.001),
         "drain_seconds": durations(0),
         "lane": st.sampled_from(get_args(Lane)),
+        "workers": st.just("auto") | integers(128),
         "max_connections": integers(1_000_000),
         "max_services": integers(10_000_000),
+        "rate_limit_qps": integers(1_000_000_000, 0),
+        "rate_limit_ids": integers(1_000_000_000_000, 0),
+        "service_rate_limit_qps": integers(1_000_000_000, 0),
+        "service_rate_limit_ids": integers(1_000_000_000_000, 0),
         "log_level": st.sampled_from(get_args(LogLevel)),
         "log_format": st.sampled_from(get_args(LogFormat)),
     },

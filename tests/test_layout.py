@@ -15,10 +15,10 @@ ROOT: Final = Path(idalloc_tcp.__file__).parent
 #: Every module and sub-package, in the only direction in which imports may point: to the left.
 ORDER: Final = (
     *("errors", "names", "address", "kinds", "config", "metrics", "log", "protocol", "session"),
-    *("limits", "express"),
-    *("pool", "sizing", "recent", "underway", "backoff", "health", "bridge", "ledger", "counter"),
-    *("reservation", "sync", "fallback", "service", "allocator", "stores"),
-    *("lanes", "connection", "listeners", "server", "client", "composition", "cli", "__main__"),
+    *("limits", "express", "snapshot", "pool", "sizing", "recent", "underway", "backoff", "health"),
+    *("bridge", "ledger", "counter", "reservation", "sync", "fallback", "service", "allocator"),
+    *("stores", "lanes", "connection", "listeners", "server", "client", "link", "workers"),
+    *("composition", "worker", "cli", "__main__"),
 )
 #: What talks and what allocates know nothing of each other; `server` puts them together.
 TALKING: Final = frozenset({"protocol", "session", "express"})
@@ -27,7 +27,7 @@ ALLOCATING: Final = frozenset(ORDER[ORDER.index("pool") : ORDER.index("stores")]
 #: What must be usable, and testable, without an event loop or a store.
 PURE: Final = (
     *("errors", "names", "address", "kinds", "config", "metrics", "log", "protocol", "session"),
-    *("limits", "express", "pool", "sizing", "recent", "backoff", "fallback"),
+    *("limits", "express", "snapshot", "pool", "sizing", "recent", "backoff", "fallback"),
 )
 IMPURE_PACKAGES: Final = frozenset({"trio", "trio_asyncio", "asyncio", "redis", "asyncmy"})
 

@@ -3,7 +3,7 @@
 import os
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -13,7 +13,12 @@ import trio
 
 from idalloc_tcp.address import Address, TcpAddress, UnixAddress, parse_address
 from idalloc_tcp.errors import StartRefused
-from idalloc_tcp.listeners import Listener, close_listeners, open_listeners
+from idalloc_tcp.listeners import (
+    Listener,
+    close_listeners,
+    open_listeners,
+    open_shared_listeners,
+)
 
 #: Set aside for documentation: no machine has it.
 NOT_LOCAL: Final = "192.0.2.1"
@@ -27,7 +32,7 @@ async def refusal(*addresses: Address) -> str:
     return str(refused.value)
 
 
-def close(listeners: list[Listener]) -> None:
+def close(listeners: Iterable[Listener]) -> None:
     """Close them, and leave the names of Unix sockets behind, as a crash does."""
     for listener in listeners:
         listener.socket.close()
@@ -194,3 +199,43 @@ async def test_removing_the_names_of_unix_sockets_never_fails(tmp_path: Path) ->
     os.unlink(addresses[0].path)
     close_listeners(listeners)
     assert os.listdir(tmp_path) == []
+
+
+async def test_shares_of_an_address_are_the_same_address(tmp_path: Path) -> None:
+    """Each process gets a socket on every port, port 0 included, and all get one Unix socket."""
+    path = tmp_path / "ids.sock"
+    shares = await open_shared_listeners([ANY_PORT, UnixAddress(str(path))], 3)
+    ports, names = zip(*shares, strict=True)
+    assert len({listener.address for listener in ports}) == 1
+    assert len({listener.socket.fileno() for listener in ports}) == 3
+    assert set(names) == {names[0]}
+    close_listeners({listener for share in shares for listener in share})
+    assert not path.exists()
+
+
+async def test_a_shared_port_is_shared_with_no_other_server() -> None:
+    """Whether a server shares its port among its own processes or not, a second one is refused."""
+    shared = await open_shared_listeners([ANY_PORT], 2)
+    alone = await open_listeners([ANY_PORT])
+    for taken in (shared[0][0], alone[0]):
+        text = f"cannot listen on {taken.address}: Address already in use"
+        address = parse_address(taken.address)
+        assert await refusal(address) == text
+        with pytest.raises(StartRefused, match=text):
+            await open_shared_listeners([address], 2)
+    close([*shared[0], *shared[1], *alone])
+
+
+async def test_connections_are_dealt_out_to_all_shares() -> None:
+    """Many clients of a shared port do not all end in one queue."""
+    shares = await open_shared_listeners([ANY_PORT], 2)
+    host, port = shares[0][0].socket.getsockname()
+    clients = [socket.create_connection((host, port), timeout=5) for _ in range(64)]
+    accepted: list[list[socket.socket]] = [[], []]
+    for share, heap in zip(shares, accepted, strict=True):
+        assert share[0].accept_waiting(heap.append)
+    assert sum(map(len, accepted)) == len(clients)
+    assert all(accepted)
+    for sock in [*clients, *accepted[0], *accepted[1]]:
+        sock.close()
+    close([*shares[0], *shares[1]])

@@ -8,7 +8,7 @@ import pytest
 
 from idalloc_tcp.errors import BY_CODE, Busy, IdallocError, Internal, Unavailable
 from idalloc_tcp.metrics import Metrics
-from idalloc_tcp.protocol import HELP_LINES, LINE_BYTES_MAX, Alloc, RequestParser
+from idalloc_tcp.protocol import HELP_LINES, LINE_BYTES_MAX, Alloc, RequestParser, Stats
 from idalloc_tcp.session import REPLY_BYTES_GOAL, Session
 from tests.lane import MAX_COUNT, Lane, chunks, converse, report
 
@@ -52,6 +52,7 @@ def test_a_conversation() -> None:
         (b"AUTH s3cret", [b"ERR denied no tokens are configured on this server"]),
         (b"STATS", [b"STAT about all", b"STAT ratio 0.5", b"END"]),
         (b"STATS Orders", [b"STAT about orders", b"STAT ratio 0.5", b"END"]),
+        (b"STATS slow", [b"STAT about slow", b"STAT ratio 0.5", b"END"]),
         (b"STATS spent", [b"ERR busy ask again later"]),
         (b"HELP", HELP),
         (b"QUIT", [b"OK"]),
@@ -410,3 +411,17 @@ def test_a_request_that_waited_may_get_a_random_range() -> None:
     lane.session.reject(Busy("no IDs came"))
     assert lane.session.advance() == b"ERR busy no IDs came\nOK PONG\n"
     assert lane.metrics.random_total == 1
+
+
+def test_stats_that_need_others_wait_their_turn() -> None:
+    """Nothing overtakes a STATS that waits; it may be refused; it is no wait for IDs."""
+    lane = Lane()
+    session = lane.session
+    session.receive(b"PING\nSTATS slow\r\nALLOC a\n")
+    assert session.advance() == b"OK PONG\n"
+    assert session.waiting == Stats("slow")
+    session.reject(Busy("ask again later"))
+    assert session.advance() == b"ERR busy ask again later\r\nOK 1 1\n"
+    assert session.is_at_rest
+    assert lane.metrics.errors_total == Counter(busy=1)
+    assert lane.metrics.waits_total == 0
