@@ -1,7 +1,7 @@
 """All services of one process, made on demand and let go when idle."""
 
 import heapq
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final, Protocol, final
 
 import attrs
@@ -84,9 +84,10 @@ class Allocator:
             service = self._start(name)
         return service.take(count)
 
-    def find(self, name: str) -> Service | None:
-        """A service that is in use already."""
-        return self._services.get(name)
+    @property
+    def services(self) -> Mapping[str, Service]:
+        """Those that are in use."""
+        return self._services
 
     async def wait(self, name: str, count: int) -> int:
         """As `take`, but waits, up to `wait_seconds`.

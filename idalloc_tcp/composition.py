@@ -15,7 +15,7 @@ from idalloc_tcp.config import Settings
 from idalloc_tcp.connection import ConnectionLimits, Gather
 from idalloc_tcp.errors import Busy
 from idalloc_tcp.fallback import random_range
-from idalloc_tcp.lanes import HAS_EPOLL, Sweep
+from idalloc_tcp.lanes import HAS_EPOLL
 from idalloc_tcp.limits import RateLimiter, RateLimits
 from idalloc_tcp.link import Link, Query
 from idalloc_tcp.listeners import Listener, open_listeners, open_shared_listeners
@@ -161,15 +161,15 @@ def _server(settings: Settings, stores: Stores, metrics: Metrics, gather: Gather
         max_connections=settings.max_connections,
         max_count=settings.max_count,
         drain_seconds=settings.drain_seconds,
+        sweeps=HAS_EPOLL and settings.lane == "sweep",
         connection=ConnectionLimits(
             settings.idle_seconds, settings.line_seconds, settings.send_seconds
         ),
     )
-    sweep = Sweep() if HAS_EPOLL and settings.lane != "stream" else None
     rates = rate_limits(settings)
     limiter = RateLimiter(rates, time.monotonic) if rates else None
     fallback = _fallback(settings)
-    return Server(allocator, limits, metrics, stores.rows, fallback, sweep, limiter, gather)
+    return Server(allocator, limits, metrics, stores.rows, fallback, limiter, gather)
 
 
 def _fallback(settings: Settings) -> Fallback:

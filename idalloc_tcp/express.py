@@ -7,7 +7,7 @@ does to the very same effect.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Protocol, final
 
@@ -38,37 +38,48 @@ class Express:
 
     Args:
         known: the lines that were seen before.
-        find: the supply of a service, if it has one already.
+        supplies: those of the services that are in use.
         limiter: how fast IDs may go; without one as fast as they can.
     """
 
     _known: Mapping[bytes, KnownLine]
-    _find: Callable[[str], Supply | None]
+    _supplies: Mapping[str, Supply]
     _metrics: Metrics
     _limiter: RateLimiter | None = None
 
-    def answer(self, data: bytes) -> bytes:
-        """All replies to a chunk; b"", and nothing done, if it has to go the long way."""
-        line, end, rest = data.partition(b"\n")
-        known = self._known.get(line)
-        if known is None or not end:
-            return b""
-        if rest:
-            return self._answer_lines(known, line, data)
-        if self._limiter is not None:
-            return self._answer_repeated(known, line, 1)
-        # By far the most common case, so there is nothing in it that is not needed.
-        supply, count = self._find(known.service), known.count
-        try:
-            first = None if supply is None else supply.take(count)
-        except IdallocError:
-            first = None
-        if first is None:
-            return b""
-        metrics = self._metrics
-        metrics.requests_total += 1
-        metrics.ids_total += count
-        return known.reply % first
+    def answer(self, chunks: Iterable[bytes]) -> list[bytes]:
+        """All replies to each of these chunks, which come from sessions that are at rest.
+
+        b"", and nothing done, for a chunk that has to go the long way.
+        """
+        known_lines, supplies, replies = self._known, self._supplies, []
+        requests = ids = 0
+        for data in chunks:
+            line, end, rest = data.partition(b"\n")
+            known = known_lines.get(line)
+            if known is None or not end:
+                replies.append(b"")
+            elif rest or self._limiter is not None:
+                replies.append(self._answer_lines(known, line, data))
+            else:
+                # By far the most common case, so there is nothing in it that is not needed.
+                supply, count = supplies.get(known.service), known.count
+                try:
+                    first = None if supply is None else supply.take(count)
+                except IdallocError:
+                    first = None
+                if first is None:
+                    replies.append(b"")
+                    continue
+                requests += 1
+                ids += count
+                replies.append(known.reply % first)
+        self._count(requests, ids)
+        return replies
+
+    def close(self) -> None:
+        """From now on everything goes the long way."""
+        self._known = {}
 
     def _answer_lines(self, known: KnownLine, line: bytes, data: bytes) -> bytes:
         times, odd = divmod(len(data), len(line) + 1)
@@ -82,7 +93,7 @@ class Express:
 
     def _answer_repeated(self, known: KnownLine, line: bytes, asked: int) -> bytes:
         service, count = known.service, known.count
-        supply, served = self._find(service), asked
+        supply, served = self._supplies.get(service), asked
         if supply is None or not supply.has_run(asked * count):
             return b""
         if self._limiter is not None:
@@ -102,7 +113,7 @@ class Express:
         wanted: dict[str, int] = {}
         for known in lines:
             wanted[known.service] = wanted.get(known.service, 0) + known.count
-        supplies = {service: self._find(service) for service in wanted}
+        supplies = {service: self._supplies.get(service) for service in wanted}
         for service, supply in supplies.items():
             if supply is None or not supply.has_run(wanted[service]):
                 return b""

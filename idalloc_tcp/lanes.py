@@ -13,7 +13,7 @@ and after `SWEEP_SECONDS` all other tasks of the process have their turn.
 """
 
 import select
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from socket import socket
 from typing import Final, final
 
@@ -35,11 +35,25 @@ FEW_BYTES: Final = 448
 HAS_EPOLL: Final = hasattr(select, "epoll")
 
 
+#: As `express.Express.answer`.
+Answer = Callable[[Sequence[bytes]], Sequence[bytes]]
+
+
+def no_short_way(chunks: Sequence[bytes]) -> Sequence[bytes]:
+    """Sessions answer for themselves."""
+    return [b""] * len(chunks)
+
+
 @final
 @attrs.define(eq=False)
 class Sweep:
-    """The fast lane of a process. `run` must be running for it to serve anybody."""
+    """The fast lane of a process. `run` must be running for it to serve anybody.
 
+    Args:
+        answer: the replies to each of several chunks; b"" for one that its session must answer.
+    """
+
+    _answer: Answer = no_short_way
     _epoll: "select.epoll" = attrs.field(init=False, factory=select.epoll)
     _riders: dict[int, "Rider"] = attrs.field(init=False, factory=dict)
 
@@ -61,19 +75,26 @@ class Sweep:
 
     def _serve(self, ready: Iterable[tuple[int, int]], now: float) -> None:
         # Each step for all of them: its code and data stay in the processor's caches.
-        for rider, replies in self._answer(self._receive(ready), now):
+        heard = self._receive(ready, now)
+        answered = self._answer([data for _, data in heard])
+        for (rider, data), known in zip(heard, answered, strict=True):
+            replies = known
             try:
+                replies = replies or rider.converse(data)
                 if replies and (sent := rider.socket.send(replies)) != len(replies):
                     rider.session.put_back(replies[sent:])
-            except BlockingIOError:
+            except BlockingIOError:  # To have been ready is no promise.
                 rider.session.put_back(replies)
             except OSError as error:
                 rider.wake(trio.BrokenResourceError(str(error)))
                 continue
+            except Exception as error:
+                rider.wake(error)  # Raised where all errors of a connection are handled.
+                continue
             if not rider.session.is_at_rest:
                 rider.wake()
 
-    def _receive(self, ready: Iterable[tuple[int, int]]) -> list[tuple["Rider", bytes]]:
+    def _receive(self, ready: Iterable[tuple[int, int]], now: float) -> list[tuple["Rider", bytes]]:
         heard = []
         for descriptor, _events in ready:
             rider = self._riders[descriptor]
@@ -81,24 +102,14 @@ class Sweep:
                 data = rider.socket.recv(rider.room)
                 if len(data) == rider.room:
                     data += rider.receive_more()
-                heard.append((rider, data))
             except BlockingIOError:
-                continue  # To have been ready is no promise.
+                continue
             except OSError as error:
                 rider.wake(trio.BrokenResourceError(str(error)))
-        return heard
-
-    def _answer(
-        self, heard: Iterable[tuple["Rider", bytes]], now: float
-    ) -> list[tuple["Rider", bytes]]:
-        answered = []
-        for rider, data in heard:
+                continue
             rider.active_at = now
-            try:
-                answered.append((rider, rider.session.exchange(data)))
-            except Exception as error:
-                rider.wake(error)  # Raised where all errors of a connection are handled.
-        return answered
+            heard.append((rider, data))
+        return heard
 
     def _enter(self, rider: "Rider") -> None:
         descriptor = rider.socket.fileno()
@@ -149,6 +160,11 @@ class Rider:
             return self.socket.recv(rest) if rest else b""
         except BlockingIOError:
             return b""
+
+    def converse(self, data: bytes) -> bytes:
+        """The long way from a chunk to its replies."""
+        self.session.receive(data)
+        return self.session.advance()
 
     def wake(self, error: Exception | None = None) -> None:
         """End the ride."""

@@ -28,7 +28,7 @@ from idalloc_tcp.connection import (
 )
 from idalloc_tcp.errors import Busy
 from idalloc_tcp.express import Express
-from idalloc_tcp.lanes import Sweep
+from idalloc_tcp.lanes import HAS_EPOLL, Sweep
 from idalloc_tcp.limits import RateLimiter
 from idalloc_tcp.listeners import BACKLOG, Listener, close_listeners
 from idalloc_tcp.metrics import Metrics, Row
@@ -51,6 +51,8 @@ class ServerLimits:
     max_count: int = 1_000_000
     #: How long busy connections get on a clean stop.
     drain_seconds: float = 2.5
+    #: Serve in the fast lane what needs no waiting; else every connection is on its own.
+    sweeps: bool = HAS_EPOLL
     connection: ConnectionLimits = attrs.field(factory=ConnectionLimits)
 
 
@@ -62,7 +64,6 @@ class Server:
     Args:
         store_rows: what STATS says of the stores.
         fallback: what stands in for IDs that are unavailable.
-        sweep: the fast lane; without one every connection is on its own.
         limiter: how fast IDs may go; without one as fast as they can.
         gather: what STATS answers, if this process is one of several.
     """
@@ -72,11 +73,11 @@ class Server:
     _metrics: Metrics
     _store_rows: Callable[[], Iterable[Row]] = tuple
     _fallback: Fallback = no_fallback
-    _sweep: Sweep | None = None
     _limiter: RateLimiter | None = None
     _gather: Gather | None = None
     _parser: RequestParser = attrs.field(init=False)
     _express: Express = attrs.field(init=False)
+    _sweep: Sweep | None = attrs.field(init=False)
     _take: Take = attrs.field(init=False)
     _connections: set[Connection] = attrs.field(init=False, factory=set)
     _stopping: trio.Event = attrs.field(init=False, factory=trio.Event)
@@ -84,8 +85,9 @@ class Server:
 
     def __attrs_post_init__(self) -> None:
         self._parser = RequestParser(self._limits.max_count)
-        find, limiter = self._allocator.find, self._limiter
-        self._express = Express(self._parser.known, find, self._metrics, limiter)
+        known, services, limiter = self._parser.known, self._allocator.services, self._limiter
+        self._express = Express(known, services, self._metrics, limiter)
+        self._sweep = Sweep(self._express.answer) if self._limits.sweeps else None
         take = self._allocator.take
         self._take = take if limiter is None else limiter.limited(take)
 
@@ -151,7 +153,6 @@ class Server:
             self._report,
             self._metrics,
             self._fallback,
-            self._express.answer,
         )
         rider = None
         if self._sweep is not None and connected is not None:
@@ -203,6 +204,7 @@ class Server:
     def _drain(self, scope: trio.CancelScope) -> None:
         log.event("draining", connections=len(self._connections))
         scope.deadline = trio.current_time() + self._limits.drain_seconds
+        self._express.close()
         for connection in self._connections:
             connection.drain()
 

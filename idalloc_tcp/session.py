@@ -15,8 +15,6 @@ A lane (whatever moves the bytes: a stream, a sweep over ready sockets, a test) 
 Replies leave in the order of their requests. `advance` stops at `REPLY_BYTES_GOAL`, so neither
 a flood of short requests nor a reader that never reads makes us hold more than that: a lane
 reads on only after it has sent.
-
-`exchange` does the same as `receive` and `advance`, and is shorter for what was seen before.
 """
 
 from collections import deque
@@ -88,7 +86,6 @@ class Session:
         report: what STATS answers.
         metrics: counts requests, IDs and errors.
         fallback: what stands in for IDs that are unavailable.
-        express: the short way, if there is one.
     """
 
     _parser: RequestParser
@@ -96,7 +93,6 @@ class Session:
     _report: Report
     _metrics: Metrics
     _fallback: Fallback = no_fallback
-    _express: Callable[[bytes], bytes] | None = None
     #: Is there nothing to do until the client sends more, and no line begun?
     is_at_rest: bool = attrs.field(init=False, default=True)
     #: The request that must wait for its answer. Nothing after it is answered before.
@@ -109,15 +105,6 @@ class Session:
     _waiting_line: bytes = attrs.field(init=False, default=b"")
     _ended: bool = attrs.field(init=False, default=False)
     _draining: bool = attrs.field(init=False, default=False)
-
-    def exchange(self, data: bytes) -> bytes:
-        """`receive`, then `advance`, for a session at rest."""
-        if self._express is not None and not self._draining:
-            replies = self._express(data)
-            if replies:
-                return replies
-        self.receive(data)
-        return self.advance()
 
     def receive(self, data: bytes) -> None:
         """Take in what the client sent; b"" says that it will send no more."""

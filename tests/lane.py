@@ -1,7 +1,6 @@
 """A session without a network: what a lane does for it, and bytes as they arrive, cut anywhere."""
 
-from collections.abc import Iterable
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 from typing import Final, final
 
@@ -47,7 +46,7 @@ class Lane:
     """A session, and what moves its bytes. Every service's IDs start at 1.
 
     Args:
-        is_short: use the session's short way where it is open, as the sweep does.
+        is_short: take the short way where it is open, as the sweep does.
     """
 
     is_short: bool = False
@@ -55,11 +54,12 @@ class Lane:
     taken: dict[str, int] = attrs.field(init=False, factory=dict)
     metrics: Metrics = attrs.field(init=False, factory=Metrics)
     session: Session = attrs.field(init=False)
+    express: Express = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
         parser = RequestParser(MAX_COUNT)
-        express = Express(parser.known, partial(Supply, self), self.metrics).answer
-        self.session = Session(parser, self.take, report, self.metrics, express=express)
+        self.express = Express(parser.known, Supplies(self), self.metrics)
+        self.session = Session(parser, self.take, report, self.metrics)
 
     def take(self, service: str, count: int) -> int | None:
         """The first of `count` IDs, if they need no waiting for."""
@@ -77,8 +77,8 @@ class Lane:
         """All replies that `data`, or with b"" its end, brings; what waits gets its IDs."""
         session, replies = self.session, b""
         if self.is_short and session.is_at_rest:
-            replies = session.exchange(data)
-        else:
+            [replies] = self.express.answer([data])
+        if not replies:
             session.receive(data)
         for _ in range(STEPS_MAX):
             replies += session.advance()
@@ -123,6 +123,23 @@ class Supply:
     def has_run(self, _ids: int) -> bool:
         """Of most services there are as many as one likes."""
         return self.service not in {SLOW, SPENT}
+
+
+@final
+@attrs.frozen
+class Supplies(Mapping[str, Supply]):
+    """Those of a lane: any service has one."""
+
+    lane: Lane
+
+    def __getitem__(self, service: str) -> Supply:
+        return Supply(self.lane, service)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.lane.taken)
+
+    def __len__(self) -> int:
+        return len(self.lane.taken)
 
 
 def converse(*pieces: bytes) -> bytes:

@@ -14,7 +14,6 @@ import trio
 
 from idalloc_tcp.address import Address, TcpAddress, UnixAddress, parse_address
 from idalloc_tcp.allocator import Allocator, AllocatorPolicy
-from idalloc_tcp.lanes import Sweep
 from idalloc_tcp.listeners import open_listeners
 from idalloc_tcp.metrics import Metrics
 from idalloc_tcp.pool import MAX_ID
@@ -149,7 +148,11 @@ async def serving(
     ledger, metrics = ledger or FakeLedger(), Metrics()
     reservation = Reservation(ledger, lambda _service: MAX_ID, metrics)
     allocator = Allocator(reservation, policy or AllocatorPolicy(), metrics)
-    server = Server(allocator, limits or ServerLimits(), metrics, sweep=make_sweep())
+    server = Server(
+        allocator,
+        attrs.evolve(limits or ServerLimits(), sweeps=os.environ.get(LANE_VARIABLE) != "stream"),
+        metrics,
+    )
     wanted = [parse_address(address) for address in addresses or ["127.0.0.1:0"]]
     listeners = await open_listeners(wanted)
     bound = [parse_address(listener.address) for listener in listeners]
@@ -163,11 +166,6 @@ async def serving(
         await nursery.start(run)
         yield running
         await running.stop()
-
-
-def make_sweep() -> Sweep | None:
-    """The fast lane, unless the environment asks for the other one, as it may ask a server."""
-    return None if os.environ.get(LANE_VARIABLE) == "stream" else Sweep()
 
 
 async def until(condition: Callable[[], bool]) -> None:

@@ -13,7 +13,7 @@ from idalloc_tcp.express import Express
 from idalloc_tcp.limits import BURST_SECONDS, RateLimiter, RateLimits
 from idalloc_tcp.metrics import Metrics
 from idalloc_tcp.protocol import RequestParser
-from tests.lane import Lane, Supply
+from tests.lane import Lane, Supplies
 
 LINE: Final = b"ALLOC orders 3\n"
 
@@ -145,8 +145,8 @@ def test_the_short_way_refuses_what_is_too_fast(times: int, served: int) -> None
     parser = RequestParser(1_000)
     parser.parse(LINE.strip())
     limited = limiter(Clock(), requests=20)
-    express = Express(parser.known, lambda name: Supply(lane, name), metrics, limited)
-    replies = express.answer(LINE * times).splitlines()
+    express = Express(parser.known, Supplies(lane), metrics, limited)
+    replies = express.answer([LINE * times])[0].splitlines()
     assert replies[:served] == [b"OK 1 3", b"OK 4 3"][:served]
     refusal = b"ERR limit 1 ms until the rate allows another request"
     assert replies[served:] == [refusal] * (times - served)
