@@ -7,13 +7,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
-from bench import cost
+from bench import cost, latency, refill
 from bench.generator import KINDS, GeneratorFailed
 from bench.report import RESULTS, Options, Report
 from tests.real.process import MissingServer, StartFailed
 
 COMMANDS: Final[Mapping[str, Callable[[Options], Report]]] = {
     "cost": cost.run,
+    "latency": latency.run,
+    "refill": refill.run,
 }
 
 

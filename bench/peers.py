@@ -36,16 +36,22 @@ class Peer:
     """A running server.
 
     Attributes:
-        pids: all its processes.
+        pid: of its process, which may have children.
         request: what takes an ID of a service.
         expected: what its reply begins with.
     """
 
     name: str
     port: int
-    pids: Sequence[int]
+    pid: int
     request: Callable[[str], bytes]
     expected: str
+
+    @property
+    def pids(self) -> list[int]:
+        """All its processes, as they are now."""
+        children = psutil.Process(self.pid).children(recursive=True)
+        return [self.pid, *(child.pid for child in children)]
 
     def load(self, services: Sequence[str] = SERVICES) -> Load:
         """Requests for one ID each; refine it with `attrs.evolve`."""
@@ -73,14 +79,9 @@ def resp_request(service: str) -> bytes:
     return b"*3\r\n$6\r\nINCRBY\r\n$%d\r\n%s\r\n$1\r\n1\r\n" % (len(key), key)
 
 
-def _family(pid: int) -> list[int]:
-    return [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
-
-
 def as_peer(server: ServerProcess, name: str = OURS) -> Peer:
     """A server of ours that runs already, with its workers."""
-    port = server.endpoint[1]
-    return Peer(name, port, _family(server.process.pid), alloc_request, "O")
+    return Peer(name, server.endpoint[1], server.process.pid, alloc_request, "O")
 
 
 @contextmanager
@@ -102,7 +103,7 @@ def _pid(server: LocalServer) -> int:
 def open_redis() -> Iterator[Peer]:
     """A Redis that writes nothing to disk."""
     with RedisServer() as server:
-        yield Peer(REDIS, server.port, [_pid(server)], incrby_request, ":")
+        yield Peer(REDIS, server.port, _pid(server), incrby_request, ":")
 
 
 @contextmanager
@@ -111,7 +112,7 @@ def _open_echo(name: str, command: Sequence[str]) -> Iterator[Peer]:
     try:
         assert process.stdout is not None
         port = int(process.stdout.readline())
-        yield Peer(name, port, [process.pid], alloc_request, "A")
+        yield Peer(name, port, process.pid, alloc_request, "A")
     finally:
         process.kill()
         process.communicate()
