@@ -1,13 +1,14 @@
 """The command line: `python -m bench COMMAND`."""
 
 import argparse
+import resource
 import shlex
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
-from bench import cost, latency, refill
+from bench import cost, growth, latency, refill, workers
 from bench.generator import KINDS, GeneratorFailed
 from bench.report import RESULTS, Options, Report
 from tests.real.process import MissingServer, StartFailed
@@ -16,6 +17,8 @@ COMMANDS: Final[Mapping[str, Callable[[Options], Report]]] = {
     "cost": cost.run,
     "latency": latency.run,
     "refill": refill.run,
+    "growth": growth.run,
+    "workers": workers.run,
 }
 
 
@@ -45,6 +48,9 @@ def _parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Run one command; 1 if it could not be run to its end."""
     arguments = vars(_parser().parse_args())
+    # Servers and generators inherit it.
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     run = COMMANDS[arguments.pop("command")]
     options = Options(**arguments)
     try:

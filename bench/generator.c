@@ -18,7 +18,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
-#include <sys/resource.h>
 #include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
@@ -258,10 +257,6 @@ static bool is_anything_outstanding(void) {
 
 int main(int argc, char **argv) {
   (void)argc;
-  struct rlimit files;
-  getrlimit(RLIMIT_NOFILE, &files);
-  files.rlim_cur = files.rlim_max;
-  setrlimit(RLIMIT_NOFILE, &files);
   connection_count = number(argv, "connections");
   in_flight = number(argv, "in_flight");
   burst = number(argv, "burst");

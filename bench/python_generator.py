@@ -1,7 +1,6 @@
 """The load generator where there is no gcc: same arguments, same output as `generator.c`."""
 
 import json
-import resource
 import select
 import socket
 import sys
@@ -208,8 +207,6 @@ def _run_open(client: Client, window: Window, arguments: dict[str, str]) -> dict
 
 def main(arguments: dict[str, str]) -> None:
     """Make the load that the arguments describe, and print what was counted."""
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     texts = Path(arguments["requests"]).read_bytes().split(b"\0")[:-1]
     client = Client(texts, arguments["rotates"] == "1", ord(arguments["expected"]))
     if arguments["latencies"]:
