@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
-from bench import cost, growth, latency, refill, workers
+from bench import cost, growth, latency, refill, soak, workers
 from bench.generator import KINDS, GeneratorFailed
 from bench.report import RESULTS, Options, Report
 from tests.real.process import MissingServer, StartFailed
@@ -19,6 +19,7 @@ COMMANDS: Final[Mapping[str, Callable[[Options], Report]]] = {
     "refill": refill.run,
     "growth": growth.run,
     "workers": workers.run,
+    "soak": soak.run,
 }
 
 

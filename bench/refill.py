@@ -196,7 +196,7 @@ def _targets(samples: Samples) -> list[Target]:
     near, far = DELAYS_MS[0], DELAYS_MS[-1]
     return [
         Target(
-            f"p99 with stores {far} ms away / {near} ms, {Case(far, pool)}",
+            f"p99 with stores {far} ms away / {near} ms, pools of {pool or 60} s",
             _LIMIT,
             ratio(p99[Case(far, pool)], p99[Case(near, pool)]),
         )
