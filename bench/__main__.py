@@ -59,6 +59,8 @@ def main() -> int:
     except (GeneratorFailed, MissingServer, StartFailed) as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

@@ -9,7 +9,7 @@ import statistics
 import time
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final, Self, TypeAlias, final
@@ -73,7 +73,7 @@ _LIMIT_OF_MEMORY: Final = 1.05
 _LIMIT_OF_FILES: Final = 1.2
 
 #: First and count, one after the other.
-Ranges: TypeAlias = "defaultdict[str, array[int]]"
+Ranges: TypeAlias = "Mapping[str, array[int]]"
 
 
 @final
