@@ -58,7 +58,11 @@ static pid_t pids[PIDS_MAX];
 static unsigned pid_count;
 static char *composed;
 
-static uint64_t replies, unexpected, now, window_begin = UINT64_MAX, window_end = UINT64_MAX;
+static uint64_t warm, length, warm_replies; /* how long to warm up, and to measure */
+static uint64_t start, asked, stopped, now, window_begin = UINT64_MAX, window_end = UINT64_MAX;
+static uint64_t replies, unexpected, window_replies;
+static double window_cpu;
+static bool is_window_open;
 static uint64_t *latencies, latency_count, latency_room;
 
 static void die(const char *format, ...) {
@@ -255,74 +259,91 @@ static bool is_anything_outstanding(void) {
   return false;
 }
 
-int main(int argc, char **argv) {
-  (void)argc;
+static void configure(char **argv) {
   connection_count = number(argv, "connections");
   in_flight = number(argv, "in_flight");
   burst = number(argv, "burst");
   active = number(argv, "active");
   rotates = number(argv, "rotates");
   rate = number(argv, "rate");
+  warm_replies = number(argv, "warm_requests");
+  warm = number(argv, "warm_seconds") * SECOND;
+  length = number(argv, "seconds") * SECOND;
   expected = *argument(argv, "expected");
-  const char *latency_path = argument(argv, "latencies");
-  keeps_latencies = *latency_path;
+  keeps_latencies = *argument(argv, "latencies");
   ring_size = rate ? OPEN_MAX : in_flight;
-  uint64_t warm_replies = number(argv, "warm_requests");
-  uint64_t warm = number(argv, "warm_seconds") * SECOND, length = number(argv, "seconds") * SECOND;
   char *list = strdup(argument(argv, "pids"));
   for (char *pid = strtok(list, ","); pid && pid_count < PIDS_MAX; pid = strtok(NULL, ","))
     pids[pid_count++] = atoi(pid);
   read_texts(argument(argv, "requests"));
   composed = malloc(burst * text_bytes_max);
   poller = epoll_create1(0);
-  connect_all(number(argv, "port"));
+}
 
-  uint64_t start = now = clock_now(), asked = 0;
-  double cpu_begin = 0, cpu_end = 0;
-  uint64_t replies_begin = 0, replies_end = 0;
-  if (!rate)
-    for (unsigned i = 0; i < active; i++)
-      for (unsigned n = 0; n < in_flight; n += burst) ask(&connections[i], burst, now);
+static uint64_t due_at(uint64_t request) { return start + request * 1e9 / rate; }
+
+/* Send what is due by then. A full connection holds up the schedule; latencies grow meanwhile. */
+static void ask_what_is_due(uint64_t by) {
+  for (; due_at(asked) <= by; asked++) {
+    struct connection *c = &connections[asked % connection_count];
+    if (c->outstanding == ring_size) return;
+    ask(c, 1, due_at(asked));
+  }
+}
+
+static void open_window_once_warm(void) {
+  if (is_window_open || now < start + warm || replies < warm_replies) return;
+  is_window_open = true;
+  if (!rate) window_begin = now;
+  window_end = window_begin + length;
+  window_cpu = cpu_seconds();
+  window_replies = replies;
+}
+
+static void run(void) {
+  start = now = clock_now();
+  if (rate) window_begin = start + warm;
+  for (unsigned i = 0; !rate && i < active; i++)
+    for (unsigned n = 0; n < in_flight; n += burst) ask(&connections[i], burst, now);
   cursor = active - 1;
   while (now < window_end) {
-    uint64_t due = start + warm + length;
-    while (rate && (due = start + asked * 1e9 / rate) <= now) {
-      struct connection *c = &connections[asked % connection_count];
-      if (c->outstanding == ring_size) break; /* It waits, and its latency grows meanwhile. */
-      ask(c, 1, due);
-      asked++;
-    }
-    attend(due > now ? due : now + SHORTEST_SLEEP);
-    if (window_begin == UINT64_MAX && now >= start + warm && replies >= warm_replies) {
-      window_begin = rate ? start + warm : now;
-      window_end = window_begin + length;
-      cpu_begin = cpu_seconds();
-      replies_begin = replies;
-      now = clock_now();
-    }
+    if (rate) ask_what_is_due(now);
+    attend(rate && due_at(asked) > now ? due_at(asked) : now + LONGEST_SLEEP);
+    open_window_once_warm();
   }
-  uint64_t stopped = now;
-  cpu_end = cpu_seconds();
-  replies_end = replies;
-  uint64_t unanswered = 0;
-  if (rate) /* What was due shortly before the end and is not under way yet. */
-    for (uint64_t due; (due = start + asked * 1e9 / rate) < window_end; asked++) {
-      struct connection *c = &connections[asked % connection_count];
-      if (c->outstanding < ring_size) ask(c, 1, due);
-      else unanswered++;
-    }
-  while (rate && is_anything_outstanding() && now < stopped + GRACE) attend(now + SECOND / 1000);
-  for (unsigned i = 0; rate && i < connection_count; i++) unanswered += connections[i].outstanding;
+  stopped = now;
+  window_cpu = cpu_seconds() - window_cpu;
+  window_replies = replies - window_replies;
+}
 
-  if (keeps_latencies) {
-    FILE *file = fopen(latency_path, "wb");
-    if (!file || fwrite(latencies, sizeof *latencies, latency_count, file) != latency_count)
-      die("%s: %s", latency_path, strerror(errno));
-    fclose(file);
-  }
-  printf("{\"requests\": %llu, \"seconds\": %.9f, \"cpu_seconds\": %.9f, \"unexpected\": %llu, "
-         "\"unanswered\": %llu}\n",
-         (unsigned long long)(replies_end - replies_begin), (stopped - window_begin) / 1e9,
-         cpu_end - cpu_begin, (unsigned long long)unexpected, (unsigned long long)unanswered);
+/* Hear the late replies; how many of the requests that were due never got one. */
+static uint64_t finish(void) {
+  uint64_t unanswered = 0;
+  if (!rate) return 0;
+  ask_what_is_due(window_end - 1);
+  while (is_anything_outstanding() && now < stopped + GRACE) attend(now + SECOND / 1000);
+  for (unsigned i = 0; i < connection_count; i++) unanswered += connections[i].outstanding;
+  for (; due_at(asked) < window_end; asked++) unanswered++;
+  return unanswered;
+}
+
+static void write_latencies(const char *path) {
+  FILE *file = fopen(path, "wb");
+  if (!file || fwrite(latencies, sizeof *latencies, latency_count, file) != latency_count)
+    die("%s: %s", path, strerror(errno));
+  fclose(file);
+}
+
+int main(int argc, char **argv) {
+  (void)argc;
+  configure(argv);
+  connect_all(number(argv, "port"));
+  run();
+  unsigned long long unanswered = finish();
+  if (keeps_latencies) write_latencies(argument(argv, "latencies"));
+  printf("{\"requests\": %llu, \"seconds\": %.9f, \"cpu_seconds\": %.9f, "
+         "\"unexpected\": %llu, \"unanswered\": %llu}\n",
+         (unsigned long long)window_replies, (stopped - window_begin) / 1e9, window_cpu,
+         (unsigned long long)unexpected, unanswered);
   return 0;
 }
