@@ -149,7 +149,7 @@ def tables(samples: Samples, shapes: Sequence[Shape]) -> list[Table]:
     ]
     form = "connections x requests in flight"
     return [
-        Table("CPU us per request of the server: median [min..max]", [form, *names], costs),
+        Table("CPU µs per request of the server: median [min..max]", [form, *names], costs),
         Table(f"{peers.OURS} / the other, of the medians", [form, *others], ratios),
     ]
 

@@ -11,7 +11,7 @@ import attrs
 from bench import peers
 from bench.generator import Generator, Load, Sample, open_generator
 from bench.peers import Peer
-from bench.picture import WIDTH_INCHES, clean
+from bench.picture import WIDTH_INCHES, clean, place_legend
 from bench.report import Options, Progress, Report
 from bench.table import Cell, Spread, Table, Target, ratio
 
@@ -181,7 +181,7 @@ def _tables(found: Found) -> list[Table]:
     ]
     return [
         Table(
-            "CPU us per request of the server: median [min..max]",
+            "CPU µs per request of the server: median [min..max]",
             ["many", "of them", "cost"],
             costs,
         ),
@@ -225,9 +225,9 @@ def _draw(found: Found, figure: Any) -> None:
     axes.set_xscale("log")
     axes.set_ylim(bottom=0)
     axes.set_xlabel("how many")
-    axes.set_ylabel("CPU us per request")
+    axes.set_ylabel("CPU µs per request")
     clean(axes, "Cost as services and connections become many (less is better)")
-    axes.legend(frameon=False)
+    place_legend(axes)
 
 
 def _as_json(found: Found) -> dict[str, Any]:

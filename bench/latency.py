@@ -160,7 +160,7 @@ def _rate_table(samples: Samples) -> Table:
     ]
     headings = ["peer and offered rate", "requests/s", *(f"p{percent:g}" for percent in PERCENTS)]
     return Table(
-        f"latency in us from when a request was due, {CONNECTIONS} connections: "
+        f"latency in µs from when a request was due, {CONNECTIONS} connections: "
         "median [min..max] of the rounds",
         headings,
         rows,
@@ -212,7 +212,7 @@ def _draw(samples: Samples, figure: Any) -> None:
         [str(case) for case in samples],
         series,
         title="Latency at fixed rates (less is better)",
-        label="us from when the request was due",
+        label="µs from when the request was due",
     )
 
 

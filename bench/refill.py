@@ -185,7 +185,7 @@ def _tables(found: Found) -> list[Table]:
     rate = f"{IDS_PER_SECOND:,} IDs/s in requests of {IDS_PER_REQUEST}"
     sizes: list[list[Cell]] = [[str(case), size] for case, size in found.segment_sizes.items()]
     return [
-        _table(f"latency in us at {rate}, after a while: median [min..max]", found.steady),
+        _table(f"latency in µs at {rate}, after a while: median [min..max]", found.steady),
         _table("the same, from the very first request of a service on", found.cold),
         Table("size of the segments in the end, in IDs", ["stores away by", "IDs"], sizes),
     ]
@@ -214,7 +214,7 @@ def _draw(samples: Samples, figure: Any) -> None:
             for percent in PERCENTS
         },
         title=f"Latency at {IDS_PER_SECOND:,} IDs a second, by the distance of the stores",
-        label="us from when the request was due",
+        label="µs from when the request was due",
     )
 
 
@@ -250,5 +250,6 @@ def run(options: Options) -> Report:
         notes=[
             "a proxy adds the delay to each round trip, half of it each way, to both stores",
             f"all IDs are of one service, over {CONNECTIONS} connections",
+            "pools of 60 s hardly refill within a window, those of 1 s once a second",
         ],
     )

@@ -27,8 +27,8 @@ class Spread:
 
     def __str__(self) -> str:
         if self.low == self.high:
-            return _number(self.median)
-        return f"{_number(self.median)} [{_number(self.low)}..{_number(self.high)}]"
+            return plain_number(self.median)
+        return f"{plain_number(self.median)} [{plain_number(self.low)}..{plain_number(self.high)}]"
 
 
 def percentile(ordered: Sequence[int], percent: float) -> int:
@@ -45,7 +45,8 @@ def ratio(numerator: float | None, denominator: float | None) -> float | None:
     return None if numerator is None or not denominator else numerator / denominator
 
 
-def _number(value: float) -> str:
+def plain_number(value: float) -> str:
+    """Three digits or so, and no exponent."""
     if value == 0 or abs(value) >= 100:
         return f"{value:,.0f}"
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
@@ -56,7 +57,7 @@ def _text(cell: Cell) -> str:
         return "-"
     if isinstance(cell, int):
         return f"{cell:,}"
-    return _number(cell) if isinstance(cell, float) else str(cell)
+    return plain_number(cell) if isinstance(cell, float) else str(cell)
 
 
 @final
@@ -106,7 +107,7 @@ class Target:
 def target_table(targets: Sequence[Target]) -> Table:
     """All targets, whether met or missed."""
     rows = [
-        [target.name, target.measured, f"<= {_number(target.limit)}", target.verdict]
+        [target.name, target.measured, f"<= {plain_number(target.limit)}", target.verdict]
         for target in targets
     ]
     return Table("targets", ["target", "measured", "limit", "verdict"], rows)

@@ -73,7 +73,7 @@ def _table(samples: Samples) -> Table:
         ]
         for (count, connections, in_flight), of_these in samples.items()
     ]
-    headings = ["workers", "connections x in flight", "requests/s", "CPU us/request", "cores busy"]
+    headings = ["workers", "connections x in flight", "requests/s", "CPU µs/request", "cores busy"]
     return Table("workers: median [min..max] of the rounds", headings, rows)
 
 
