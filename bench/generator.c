@@ -181,8 +181,9 @@ static void answered(struct connection *c) {
 static unsigned count_lines(struct connection *c, const char *at, size_t size) {
   unsigned lines = 0;
   for (const char *end = at + size; at < end; lines++) {
-    if (!c->inside_line && *at != expected) unexpected++;
     const char *newline = memchr(at, '\n', end - at);
+    if (!c->inside_line && *at != expected && !unexpected++)
+      fprintf(stderr, "%.*s\n", (int)((newline ? newline : end) - at), at);
     c->inside_line = !newline;
     if (!newline) break;
     at = newline + 1;

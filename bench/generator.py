@@ -129,8 +129,8 @@ class Running:
             raise GeneratorFailed(complaint.strip())
         counted = json.loads(output)
         if counted["unexpected"]:
-            wanted = f"do not begin with {self._load.expected!r}"
-            raise GeneratorFailed(f"{counted['unexpected']} replies {wanted}")
+            how_many = f"{counted['unexpected']} replies do not begin with {self._load.expected!r}"
+            raise GeneratorFailed(f"{how_many}, the first: {complaint.strip()}")
         return Sample(
             counted["requests"],
             counted["seconds"],

@@ -81,7 +81,8 @@ def _connection_load(peer: Peer, count: int, plan: Plan) -> Load:
 def prime(generator: Generator, peer: Peer, count: int, plan: Plan) -> int:
     """Bring all services into use; the bytes that the server's memory grew by."""
     before = peer.rss_bytes()
-    load = _service_load(peer, count, SERVICE_SHAPES[-1], plan)
+    # Few at a time, or the first segments of so many services would not all come in time.
+    load = _service_load(peer, count, SERVICE_SHAPES[0], plan)
     # Its connections begin spread over all services, and none is much faster than the others.
     generator.run(attrs.evolve(load, warm_requests=round(1.1 * count), seconds=0.1))
     return peer.rss_bytes() - before

@@ -104,11 +104,12 @@ class Client:
         data = connection.socket.recv(READ_BYTES)
         if not data:
             raise ConnectionError("the server closed a connection")
-        begins = [line[0] for line in data.splitlines()]
+        begun = data.splitlines()[connection.inside_line :]
+        strange = [line for line in begun if line[0] != self._expected]
+        if strange and not self.unexpected:
+            print(strange[0].decode(errors="replace"), file=sys.stderr)
+        self.unexpected += len(strange)
         lines = data.count(b"\n")
-        self.unexpected += len(begins) - begins.count(self._expected)
-        if connection.inside_line:
-            self.unexpected -= begins[0] != self._expected
         connection.inside_line = not data.endswith(b"\n")
         self.replies += lines
         now = time.monotonic()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench import cost, peers
-from bench.generator import Sample, open_generator
+from bench.generator import GeneratorFailed, Sample, open_generator
 from bench.python_generator import Schedule
 from bench.report import Report
 from bench.soak import Moment, count_duplicates, quarter_growth
@@ -125,3 +125,12 @@ def test_an_open_loop_asks_at_its_rate_and_keeps_every_latency(kind: str) -> Non
         sample = generator.run(attrs.evolve(load, warm_seconds=0.05, keeps_latencies=True))
     assert 99 <= len(sample.latencies_ns) <= 101
     assert list(sample.latencies_ns) == sorted(sample.latencies_ns)
+
+
+@pytest.mark.parametrize("kind", ["auto", "python"])
+def test_a_refused_request_is_no_answered_one(kind: str) -> None:
+    """Both generators fail on replies that they should not get, and quote the first."""
+    with open_generator(kind) as generator, peers.open_ours() as ours:
+        load = attrs.evolve(ours.load(), requests=[b"PING\n", b"NOTHING\n"], seconds=0.1)
+        with pytest.raises(GeneratorFailed, match="do not begin with 'O', the first: ERR unknown"):
+            generator.run(attrs.evolve(load, rotates=True, in_flight=4))
