@@ -22,8 +22,9 @@ ACTIVE_CONNECTIONS: Final = 64
 CONNECTIONS: Final = "connections"
 #: Files that a server or a generator has open beside its connections, with room to spare.
 OTHER_FILES: Final = 256
-#: Nothing is given back before the last window is over.
-SERVER_FLAGS: Final = ("--idle-service-seconds", "3600")
+#: Nothing is given back before the last window is over, and while so many services begin, a request
+#: may wait for longer than usual.
+SERVER_FLAGS: Final = ("--idle-service-seconds", "3600", "--wait-seconds", "30")
 
 _LIMIT_OF_COST: Final = 1.3
 _LIMIT_PER_CONNECTION_KB: Final = 8.0
@@ -81,7 +82,6 @@ def _connection_load(peer: Peer, count: int, plan: Plan) -> Load:
 def prime(generator: Generator, peer: Peer, count: int, plan: Plan) -> int:
     """Bring all services into use; the bytes that the server's memory grew by."""
     before = peer.rss_bytes()
-    # Few at a time, or the first segments of so many services would not all come in time.
     load = _service_load(peer, count, SERVICE_SHAPES[0], plan)
     # Its connections begin spread over all services, and none is much faster than the others.
     generator.run(attrs.evolve(load, warm_requests=round(1.1 * count), seconds=0.1))
@@ -193,9 +193,9 @@ def _tables(found: Found) -> list[Table]:
 def _growth(found: Found, axis: str, few: int) -> tuple[float | None, int]:
     """How many times the cost with few of them is that with most; and how many those are."""
     counts = _counts(found, axis)
-    if few not in counts:
-        return None, few
     most = max(counts)
+    if few not in counts or few == most:
+        return None, most
     return ratio(_cost(found, axis, most).median, _cost(found, axis, few).median), most
 
 
