@@ -12,7 +12,7 @@ from bench import peers
 from bench.generator import Generator, Load, Sample, open_generator
 from bench.peers import Peer
 from bench.picture import WIDTH_INCHES, clean, place_legend
-from bench.report import Options, Progress, Report
+from bench.report import Opener, Options, Progress, Report
 from bench.table import Cell, Spread, Table, Target, ratio
 
 #: With many services: so many connections and requests in flight, each of the next service.
@@ -20,6 +20,8 @@ SERVICE_SHAPES: Final = ((64, 1), (64, 16))
 #: With many connections: so many have a request under way, and the turn goes round all of them.
 ACTIVE_CONNECTIONS: Final = 64
 CONNECTIONS: Final = "connections"
+#: What many connections cost the kernel alone.
+ECHO_CONNECTIONS: Final = f"connections of the {peers.C_ECHO}"
 #: Files that a server or a generator has open beside its connections, with room to spare.
 OTHER_FILES: Final = 256
 #: Nothing is given back before the last window is over, and while so many services begin, a request
@@ -122,16 +124,15 @@ class Found:
 
 def measure(generator: Generator, flags: Sequence[str], plan: Plan) -> Found:
     """One server for each number of services and one for all connections, turn by turn."""
-    found = Found()
+    found, progress = Found(), Progress(len(plan.services) + len(plan.connections))
     connections = possible_connections(plan.connections, found.notes)
     with ExitStack() as stack:
+        opener = Opener(stack, found.notes)
 
         def open_server() -> Peer:
             return stack.enter_context(peers.open_ours(*SERVER_FLAGS, *flags))
 
         turns: list[tuple[tuple[str, int], Load]] = []
-        steps = plan.rounds * (len(plan.services) * len(SERVICE_SHAPES) + len(connections))
-        progress = Progress(steps + len(plan.services) + len(connections))
         for count in plan.services:
             progress.step(f"bringing {count:,} services into use")
             peer = open_server()
@@ -142,13 +143,15 @@ def measure(generator: Generator, flags: Sequence[str], plan: Plan) -> Found:
         for count in connections:
             progress.step(f"holding {count:,} silent connections")
             found.connection_bytes[count] = hold_connections(open_server(), count)
-        peer = open_server()
-        turns += [
-            ((CONNECTIONS, count), _connection_load(peer, count, plan)) for count in connections
-        ]
+        echo = opener.open(peers.open_c_echo())
+        for axis, one in ((CONNECTIONS, open_server()), (ECHO_CONNECTIONS, echo)):
+            if one is not None:
+                loads = {count: _connection_load(one, count, plan) for count in connections}
+                turns += [((axis, count), load) for count, load in loads.items()]
+        progress = Progress(plan.rounds * len(turns))
         for _ in range(plan.rounds):
             for (what, count), load in turns:
-                progress.step(f"{count:,} {what}")
+                progress.step(f"{what}: {count:,}")
                 found.samples.setdefault((what, count), []).append(generator.run(load))
         progress.end()
     return found
@@ -202,6 +205,8 @@ def _growth(found: Found, axis: str, few: int) -> tuple[float | None, int]:
 def _targets(found: Found) -> list[Target]:
     targets = []
     for axis in _axes(found):
+        if axis == ECHO_CONNECTIONS:
+            continue
         few = 100 if axis == CONNECTIONS else 1
         grown, most = _growth(found, axis, few)
         name = f"cost with {most:,} / with {few:,} {axis}"
