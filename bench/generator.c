@@ -281,7 +281,7 @@ static void configure(char **argv) {
   poller = epoll_create1(0);
 }
 
-static uint64_t due_at(uint64_t request) { return start + request * 1e9 / rate; }
+static uint64_t due_at(uint64_t request) { return start + (uint64_t)(request * 1e9 / rate); }
 
 /* Send what is due by then. A full connection holds up the schedule; latencies grow meanwhile. */
 static void ask_what_is_due(uint64_t by) {

@@ -1,6 +1,9 @@
 """The load commands: what they compute is right, and the first of them runs to its end."""
 
 import json
+import socket
+import threading
+import time
 from array import array
 from pathlib import Path
 
@@ -10,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench import cost, peers
-from bench.generator import GeneratorFailed, Sample, open_generator
+from bench.generator import GeneratorFailed, Load, Sample, open_generator
 from bench.python_generator import Schedule
 from bench.report import Report
 from bench.soak import Moment, count_duplicates, quarter_growth
@@ -134,3 +137,35 @@ def test_a_refused_request_is_no_answered_one(kind: str) -> None:
         load = attrs.evolve(ours.load(), requests=[b"PING\n", b"NOTHING\n"], seconds=0.1)
         with pytest.raises(GeneratorFailed, match="do not begin with 'O', the first: ERR unknown"):
             generator.run(attrs.evolve(load, rotates=True, in_flight=4))
+
+
+def _stall_once(listener: socket.socket, after: int, seconds: float) -> None:
+    """Answer every line with `A`, but pause once, after so many of them."""
+    connection, _ = listener.accept()
+    with connection, connection.makefile("rb") as lines:
+        for number, _ in enumerate(lines):
+            if number == after:
+                time.sleep(seconds)
+            connection.sendall(b"A\n")
+
+
+@pytest.mark.parametrize("kind", ["auto", "python"])
+def test_a_stall_is_charged_to_every_request_that_was_due_in_it(kind: str) -> None:
+    """A server that stops for 0.2 s delays all that was due meanwhile, not just one request."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, open_generator(kind) as generator:
+        server = threading.Thread(target=_stall_once, args=(listener, 50, 0.2))
+        server.start()
+        load = Load(
+            port=listener.getsockname()[1],
+            requests=[b"PING\n"],
+            expected="A",
+            rate=500.0,
+            warm_seconds=0.0,
+            seconds=0.5,
+            keeps_latencies=True,
+        )
+        latencies = generator.run(load).latencies_ns
+        server.join()
+    assert 249 <= len(latencies) <= 251
+    # A hundred requests were due in the stall, spread evenly over it.
+    assert sum(latency >= 50_000_000 for latency in latencies) >= 70
