@@ -58,12 +58,22 @@ MIXED: Final = Shape(64, 16, is_mixed=True)
 FULL: Final = Plan((*SHAPES, MIXED), rounds=5, warm_seconds=0.15, seconds=0.65)
 QUICK: Final = Plan((Shape(64, 1), Shape(64, 16), MIXED), 1, warm_seconds=0.05, seconds=0.15)
 
-#: An entry added here is measured in the `VARIANT_SHAPES`.
-VARIANTS: Final[Sequence[Variant]] = ()
-VARIANT_SHAPES: Final = (Shape(64, 1), Shape(64, 16))
-#: The names of the two variants whose ratio is the price of watching and guarding.
+STREAM_LANE: Final = "stream lane"
+RATE_LIMITED: Final = "rate limits"
+#: Two names to come, whose ratio is the price of watching and guarding.
 GUARDED: Final = "everything on"
 BARE: Final = "everything off"
+#: Limits that nobody reaches are looked at all the same.
+_RATE_LIMITS: Final = (
+    *("--rate-limit-qps", "1000000000", "--rate-limit-ids", "1000000000"),
+    *("--service-rate-limit-qps", "1000000000", "--service-rate-limit-ids", "1000000000"),
+)
+#: An entry added here is measured in the `VARIANT_SHAPES`.
+VARIANTS: Final = (
+    Variant(STREAM_LANE, ("--lane", "stream")),
+    Variant(RATE_LIMITED, _RATE_LIMITS),
+)
+VARIANT_SHAPES: Final = (Shape(64, 1), Shape(64, 16))
 
 _LIMITS_TO_REDIS: Final = (
     (Shape(64, 1), 1.0),
@@ -73,6 +83,11 @@ _LIMITS_TO_REDIS: Final = (
 )
 _LIMIT_TO_C_ECHO: Final = 1.6
 _LIMIT_OF_GUARDING: Final = 1.1
+#: What is compared: with it, and without.
+_GUARDS: Final = (
+    ("metrics, limits, deadlines and tracing", GUARDED, BARE),
+    ("rate limits alone", RATE_LIMITED, peers.OURS),
+)
 
 #: By the peer's name and the shape.
 Samples: TypeAlias = dict[tuple[str, Shape], list[Sample]]
@@ -172,10 +187,11 @@ def targets(samples: Samples) -> list[Target]:
         ),
         *(
             Target(
-                f"metrics, limits, deadlines and tracing on / off, {shape}",
+                f"{guard} on / off, {shape}",
                 _LIMIT_OF_GUARDING,
-                compare(samples, GUARDED, BARE, shape),
+                compare(samples, guarded, bare, shape),
             )
+            for guard, guarded, bare in _GUARDS
             for shape in VARIANT_SHAPES
         ),
     ]

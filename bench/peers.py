@@ -62,6 +62,10 @@ class Peer:
         """The resident memory of all its processes."""
         return sum(psutil.Process(pid).memory_info().rss for pid in self.pids)
 
+    def open_files(self) -> int:
+        """Files and sockets that its processes have open."""
+        return sum(psutil.Process(pid).num_fds() for pid in self.pids)
+
 
 def alloc_request(service: str) -> bytes:
     """One ID, in our protocol."""

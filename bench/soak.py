@@ -10,19 +10,17 @@ import time
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Final, Self, TypeAlias, final
 
 import attrs
-import psutil
 import trio
 
+from bench import peers
+from bench.peers import Peer
 from bench.picture import WIDTH_INCHES, clean
 from bench.report import Options, Progress, Report
 from bench.table import Cell, Table, Target, ratio
 from tests.hammer import overlaps
-from tests.processes import ServerProcess
 
 #: How many tasks of each kind there are.
 TAKERS: Final = 8
@@ -248,18 +246,16 @@ class Moment:
     files: int
 
     @classmethod
-    def of(cls, server: psutil.Process, began: float) -> Self:
+    def of(cls, server: Peer, began: float) -> Self:
         """As it is now."""
-        rss = server.memory_info().rss / 2**20
-        return cls(time.monotonic() - began, rss, server.num_fds())
+        return cls(time.monotonic() - began, server.rss_bytes() / 2**20, server.open_files())
 
 
-async def soak(server: ServerProcess, seconds: float) -> tuple[Taken, list[Moment]]:
+async def soak(server: Peer, seconds: float) -> tuple[Taken, list[Moment]]:
     """Put it under load for so long; the last moment is after all clients have gone."""
-    process = psutil.Process(server.process.pid)
     began, taken, rng = time.monotonic(), Taken(), random.Random(1)
-    clients = Soak(server.endpoint[1], began + seconds, taken)
-    moments, progress = [Moment.of(process, began)], Progress(round(seconds))
+    clients = Soak(server.port, began + seconds, taken)
+    moments, progress = [Moment.of(server, began)], Progress(round(seconds))
     async with trio.open_nursery() as nursery:
         for client, count in (
             (clients.taker, TAKERS),
@@ -272,12 +268,12 @@ async def soak(server: ServerProcess, seconds: float) -> tuple[Taken, list[Momen
                 nursery.start_soon(client, random.Random(rng.random()))
         while time.monotonic() < began + seconds:
             await trio.sleep(1)
-            moments.append(Moment.of(process, began))
+            moments.append(Moment.of(server, began))
             now = moments[-1]
             progress.step(f"seconds, {now.rss_mib:.1f} MiB, {now.files} files")
     progress.end()
     await trio.sleep(CALM_SECONDS)
-    moments.append(Moment.of(process, began))
+    moments.append(Moment.of(server, began))
     return taken, moments
 
 
@@ -348,10 +344,9 @@ def _draw(moments: Sequence[Moment], figure: Any) -> None:
 def run(options: Options) -> Report:
     """Start a server, soak it, lay all ranges side by side."""
     seconds = QUICK_SECONDS if options.quick else options.minutes * 60
-    with TemporaryDirectory(prefix="idalloc-bench-") as folder:
-        flags = (*FLAGS, *options.server_flags)
-        with ServerProcess.start(*flags, data=Path(folder) / "ids.sqlite3") as server:
-            taken, moments = trio.run(soak, server, seconds)
+    flags = (*FLAGS, *options.server_flags)
+    with peers.open_ours(*flags) as server:
+        taken, moments = trio.run(soak, server, seconds)
     return Report(
         "soak",
         method={"server_flags": flags, "seconds": seconds},
