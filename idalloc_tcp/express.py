@@ -13,10 +13,10 @@ from typing import Protocol, final
 
 import attrs
 
-from idalloc_tcp.errors import IdallocError, RateLimited
+from idalloc_tcp.errors import RateLimited
 from idalloc_tcp.limits import RateLimiter
 from idalloc_tcp.metrics import Metrics
-from idalloc_tcp.protocol import KnownLine, ending_of, err
+from idalloc_tcp.protocol import KnownLine, err
 
 
 class Supply(Protocol):
@@ -37,7 +37,7 @@ class Express:
     """Shared by all sessions of a server.
 
     Args:
-        known: the lines that were seen before.
+        known: the lines that were seen before, with their LF.
         supplies: those of the services that are in use.
         limiter: how fast IDs may go; without one as fast as they can.
     """
@@ -52,28 +52,28 @@ class Express:
 
         b"", and nothing done, for a chunk that has to go the long way.
         """
-        known_lines, supplies, replies = self._known, self._supplies, []
-        requests = ids = 0
+        known_lines, supplies, limiter = self._known.get, self._supplies.get, self._limiter
+        replies, requests, ids = [], 0, 0
+        #: Milliseconds until a service may have more. Between two chunks no time passes.
+        hasty: dict[str, int] = {}
         for data in chunks:
-            line, end, rest = data.partition(b"\n")
-            known = known_lines.get(line)
-            if known is None or not end:
+            known = known_lines(data)
+            if known is None:
+                replies.append(self._answer_lines(data))
+                continue
+            # By far the most common case, so there is nothing in it that is not needed.
+            supply, count = supplies(known.service), known.count
+            if supply is None or not supply.has_run(count):
                 replies.append(b"")
-            elif rest or self._limiter is not None:
-                replies.append(self._answer_lines(known, line, data))
+            elif known.service in hasty:
+                replies.append(self._refuse(known, 1, hasty[known.service]))
+            elif limiter is not None and not limiter.admit(known.service, 1, count):
+                hasty[known.service] = wait_ms = limiter.wait_ms(known.service)
+                replies.append(self._refuse(known, 1, wait_ms))
             else:
-                # By far the most common case, so there is nothing in it that is not needed.
-                supply, count = supplies.get(known.service), known.count
-                try:
-                    first = None if supply is None else supply.take(count)
-                except IdallocError:
-                    first = None
-                if first is None:
-                    replies.append(b"")
-                    continue
                 requests += 1
                 ids += count
-                replies.append(known.reply % first)
+                replies.append(known.reply % supply.take(count))
         self._count(requests, ids)
         return replies
 
@@ -81,32 +81,35 @@ class Express:
         """From now on everything goes the long way."""
         self._known = {}
 
-    def _answer_lines(self, known: KnownLine, line: bytes, data: bytes) -> bytes:
-        times, odd = divmod(len(data), len(line) + 1)
-        if not odd and data == (line + b"\n") * times:
-            return self._answer_repeated(known, line, times)
-        *lines, unfinished = data.split(b"\n")
-        every = [found for found in map(self._known.get, lines) if found is not None]
-        if unfinished or len(every) != len(lines):
+    def _answer_lines(self, data: bytes) -> bytes:
+        end = data.find(b"\n") + 1
+        line = data[:end]
+        known = self._known.get(line)
+        if known is None:
             return b""
-        return self._answer_each(every)
+        times, odd = divmod(len(data), end)
+        if not odd and data == line * times:
+            return self._answer_repeated(known, times)
+        lines = data.splitlines(keepends=True)
+        every = [found for found in map(self._known.get, lines) if found is not None]
+        return self._answer_each(every) if len(every) == len(lines) else b""
 
-    def _answer_repeated(self, known: KnownLine, line: bytes, asked: int) -> bytes:
+    def _answer_repeated(self, known: KnownLine, asked: int) -> bytes:
         service, count = known.service, known.count
         supply, served = self._supplies.get(service), asked
         if supply is None or not supply.has_run(asked * count):
             return b""
         if self._limiter is not None:
             served = self._limiter.admit(service, asked, count)
-            if not served:
-                return self._refuse(known, line, asked)
+        if not served:
+            return self._refuse_hasty(known, asked)
         ids = served * count
         first = supply.take(ids)
         assert first is not None, "it was looked before"
         self._count(served, ids)
         replies = known.reply * served % tuple(range(first, first + ids, count))
         if served < asked:
-            replies += self._refuse(known, line, asked - served)
+            replies += self._refuse_hasty(known, asked - served)
         return replies
 
     def _answer_each(self, lines: Sequence[KnownLine]) -> bytes:
@@ -133,12 +136,14 @@ class Express:
             firsts.append(first)
         return b"".join([known.reply for known in lines]) % tuple(firsts)
 
-    def _refuse(self, known: KnownLine, line: bytes, times: int) -> bytes:
+    def _refuse_hasty(self, known: KnownLine, times: int) -> bytes:
         assert self._limiter is not None
+        return self._refuse(known, times, self._limiter.wait_ms(known.service))
+
+    def _refuse(self, known: KnownLine, times: int, wait_ms: int) -> bytes:
         self._metrics.requests_total += times
         self._metrics.errors_total[RateLimited.code] += times
-        refusal = _refusal(self._limiter.wait_ms(known.service)) + ending_of(line)
-        return refusal * times
+        return _refusal(wait_ms, known.end) * times
 
     def _count(self, requests: int, ids: int) -> None:
         self._metrics.requests_total += requests
@@ -146,5 +151,5 @@ class Express:
 
 
 @lru_cache(maxsize=1024)
-def _refusal(wait_ms: int) -> bytes:
-    return err(RateLimited.after(wait_ms))
+def _refusal(wait_ms: int, end: bytes) -> bytes:
+    return err(RateLimited.after(wait_ms)) + end

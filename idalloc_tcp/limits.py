@@ -49,45 +49,42 @@ class Bucket:
     """
 
     _rate: int
-    _in_ids: bool
+    in_ids: bool
     _clock: Callable[[], float]
+    #: What it holds; below 0 it is in debt. Spent from outside, by who has looked at all buckets.
+    level: float = attrs.field(init=False)
     _full: float = attrs.field(init=False)
-    #: What it holds; below 0 it is in debt.
-    _level: float = attrs.field(init=False)
     _filled_at: float = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        self._level = self._full = max(1.0, self._rate * BURST_SECONDS)
+        self.level = self._full = max(1.0, self._rate * BURST_SECONDS)
         self._filled_at = self._clock()
 
     def afford(self, times: int, count: int) -> int:
-        """How many of so many requests for `count` IDs each it can pay for."""
-        cost = count if self._in_ids else 1
-        if self._level < times * cost:
-            self._fill()
-            if self._level < times * cost:
-                return max(1, int(self._level // cost)) if self._level > 0 else 0
-        return times
+        """How many of so many requests for `count` IDs each it can pay for by now."""
+        cost = count if self.in_ids else 1
+        self._fill()
+        if self.level >= times * cost:
+            return times
+        return max(1, int(self.level // cost)) if self.level > 0 else 0
 
     def affords(self, requests: int, ids: int) -> bool:
         """Does it hold what all of these cost together?"""
-        cost = ids if self._in_ids else requests
-        if self._level < cost:
-            self._fill()
-        return self._level >= cost
+        self._fill()
+        return self.level >= (ids if self.in_ids else requests)
 
     def pay(self, requests: int, ids: int) -> None:
         """Spend what they cost."""
-        self._level -= ids if self._in_ids else requests
+        self.level -= ids if self.in_ids else requests
 
     def wait_seconds(self) -> float:
-        """How long until it holds anything, from when it was last asked what it affords."""
-        return -self._level / self._rate
+        """How long until it holds anything, from when it was last filled."""
+        return -self.level / self._rate
 
     def _fill(self) -> None:
         now = self._clock()
-        level = self._level + (now - self._filled_at) * self._rate
-        self._level = level if level < self._full else self._full
+        level = self.level + (now - self._filled_at) * self._rate
+        self.level = level if level < self._full else self._full
         self._filled_at = now
 
 
@@ -121,12 +118,15 @@ class RateLimiter:
         """How many of so many requests for `count` IDs each may be served; they are paid for."""
         buckets = self._server
         if self._limits_services:
-            buckets += self._of(service)
+            buckets += self._services.get(service) or self._of(service)
+        ids = times * count
         for bucket in buckets:
-            times = bucket.afford(times, count)
+            if bucket.level < (ids if bucket.in_ids else times):
+                times = bucket.afford(times, count)
+                ids = times * count
         if times:
             for bucket in buckets:
-                bucket.pay(times, times * count)
+                bucket.level -= ids if bucket.in_ids else times
         return times
 
     def admit_all(self, requests: Mapping[str, int], ids: Mapping[str, int]) -> bool:

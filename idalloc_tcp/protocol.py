@@ -149,6 +149,8 @@ class KnownLine:
     count: int
     #: With its end, and `%d` for the first ID.
     reply: bytes
+    #: How its reply ends.
+    end: bytes
     request: Alloc
 
 
@@ -163,7 +165,7 @@ class RequestParser:
 
     max_count: int
     #: Busy clients send the same few lines over and over, so those of ALLOCs without a trace are
-    #: remembered, without their LF, and need no second parse. Emptied when full.
+    #: remembered, with their LF, and need no second parse. Emptied when full.
     known: dict[bytes, KnownLine] = attrs.field(init=False, factory=dict)
 
     def parse(self, line: bytes) -> Request:
@@ -172,7 +174,7 @@ class RequestParser:
         Raises:
             RequestError: what is wrong with the line; nothing was done.
         """
-        known = self.known.get(line)
+        known = self.known.get(line + b"\n")
         if known is not None:
             return known.request
         request = self._parse(line)
@@ -183,8 +185,9 @@ class RequestParser:
     def _remember(self, line: bytes, request: Alloc) -> None:
         if len(self.known) >= KNOWN_LINES_MAX:
             self.known.clear()
-        reply = b"OK %%d %d" % request.count + ending_of(line)
-        self.known[line] = KnownLine(request.service, request.count, reply, request)
+        end = ending_of(line)
+        reply = b"OK %%d %d" % request.count + end
+        self.known[line + b"\n"] = KnownLine(request.service, request.count, reply, end, request)
 
     def _parse(self, line: bytes) -> Request:
         if len(line) > LINE_BYTES_MAX:

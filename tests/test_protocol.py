@@ -330,7 +330,7 @@ def test_a_line_that_was_understood_is_remembered() -> None:
     """What an ALLOC asked, and how its reply reads, is known from its second time on."""
     parser = RequestParser(MAX_COUNT)
     request = parser.parse(b"ALLOC orders 3\r")
-    known = parser.known[b"ALLOC orders 3\r"]
+    known = parser.known[b"ALLOC orders 3\r\n"]
     assert known.request is request
     assert known.reply % 7 == b"OK 7 3\r\n"
 
