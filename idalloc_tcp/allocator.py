@@ -8,6 +8,7 @@ import attrs
 import trio
 
 from idalloc_tcp.errors import Busy, Draining
+from idalloc_tcp.garbage import Residents
 from idalloc_tcp.ledger import Tail
 from idalloc_tcp.metrics import Metrics, Row
 from idalloc_tcp.pool import Pool, Segment
@@ -66,6 +67,7 @@ class Allocator:
     _reservation: Source
     _policy: AllocatorPolicy
     _metrics: Metrics
+    _residents: Residents = attrs.field(factory=Residents)
     _services: dict[str, Service] = attrs.field(init=False, factory=dict)
     #: Rule 7 outlives a service's idle time: its next pool starts above what the last served.
     _served_through: Recent = attrs.field(init=False, factory=Recent)
@@ -146,6 +148,7 @@ class Allocator:
         pool = Pool(self._served_through.get(name), on_gap=self._metrics.gap)
         service = Service(name, pool, Demand(self._policy.size, trio.current_time()))
         self._services[name] = service
+        self._residents.add()
         self._prefetchers.start_soon(
             service.prefetch, self._reservation.reserve, name=f"prefetch {name}"
         )

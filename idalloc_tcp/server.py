@@ -28,6 +28,7 @@ from idalloc_tcp.connection import (
 )
 from idalloc_tcp.errors import Busy
 from idalloc_tcp.express import Express
+from idalloc_tcp.garbage import Residents
 from idalloc_tcp.lanes import HAS_EPOLL, Sweep
 from idalloc_tcp.limits import RateLimiter
 from idalloc_tcp.listeners import BACKLOG, Listener, close_listeners
@@ -75,6 +76,7 @@ class Server:
     _fallback: Fallback = no_fallback
     _limiter: RateLimiter | None = None
     _gather: Gather | None = None
+    _residents: Residents = attrs.field(factory=Residents)
     _parser: RequestParser = attrs.field(init=False)
     _express: Express = attrs.field(init=False)
     _sweep: Sweep | None = attrs.field(init=False)
@@ -98,6 +100,7 @@ class Server:
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """Serve until `stop`, then drain. Closes the listeners."""
+        self._residents.settle()
         async with trio.open_nursery() as stores:
             await stores.start(self._allocator.run)
             async with trio.open_nursery() as lanes:
@@ -168,6 +171,7 @@ class Server:
         self._connections.add(connection)
         self._metrics.connections_total += 1
         self._metrics.connections_open += 1
+        self._residents.add()
         if self._stopping.is_set():
             connection.drain()
         try:

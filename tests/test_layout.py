@@ -16,7 +16,17 @@ ROOT: Final = Path(idalloc_tcp.__file__).parent
 ORDER: Final = (
     *("errors", "names", "address", "kinds", "config", "metrics", "log", "protocol", "session"),
     *("limits", "express", "snapshot", "pool", "sizing", "recent", "underway", "backoff", "health"),
-    *("bridge", "ledger", "counter", "reservation", "sync", "fallback", "service", "allocator"),
+    *(
+        "garbage",
+        "bridge",
+        "ledger",
+        "counter",
+        "reservation",
+        "sync",
+        "fallback",
+        "service",
+        "allocator",
+    ),
     *("stores", "lanes", "connection", "listeners", "server", "client", "link", "workers"),
     *("composition", "worker", "cli", "__main__"),
 )
