@@ -7,6 +7,7 @@ from typing import Final, Protocol, final
 import attrs
 import trio
 
+from idalloc_tcp import log
 from idalloc_tcp.errors import Busy, Draining
 from idalloc_tcp.garbage import Residents
 from idalloc_tcp.ledger import Tail
@@ -114,8 +115,12 @@ class Allocator:
                 service.stop()
         # What was fetched last may be on its way to a request that waits: let it arrive first.
         await trio.lowlevel.checkpoint()
-        with trio.move_on_after(self._policy.stop_seconds):
+        with trio.move_on_after(self._policy.stop_seconds) as patience:
             await self._retire(list(self._services.values()))
+        if patience.cancelled_caught:
+            log.warning(
+                "not all IDs could be given back in time", seconds=self._policy.stop_seconds
+            )
 
     def stop(self) -> None:
         """Let `run` come to its end; nothing can be taken any more."""

@@ -41,7 +41,8 @@ async def asyncio_loop() -> AsyncIterator[None]:
 
 
 def _log_exception(_loop: object, context: dict[str, Any]) -> None:
-    log.warning("a driver's task failed", reason=context.get("exception") or context["message"])
+    reason = str(context.get("exception") or context["message"])
+    log.sparingly(log.WARNING, "a driver's task failed", reason=reason)
 
 
 async def run_unit(unit: Callable[..., Awaitable[_T]], *arguments: object) -> _T:

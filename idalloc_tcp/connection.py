@@ -109,7 +109,7 @@ class Connection:
         except trio.BrokenResourceError:
             self._is_broken = True  # The client is gone: nobody is left to tell.
         except Exception:
-            log.failure("a connection failed")
+            log.sparingly(log.ERROR, "a connection failed")
             self._last_line = session.abort(Internal("the server failed; its log says why"))
 
     async def _hear(self) -> bool:

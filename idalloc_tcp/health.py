@@ -31,6 +31,9 @@ class Health:
     #: How often it was asked while it was down.
     probes_total: int = attrs.field(init=False, default=0)
     failures_total: int = attrs.field(init=False, default=0)
+    #: How often it went down or came back. A request that was under way meanwhile says nothing
+    #: of how it is now: those that were pending when it went fail one by one, for seconds perhaps.
+    _changes: int = attrs.field(init=False, default=0)
     _backoff: Backoff = attrs.field(init=False, factory=Backoff)
     _pause_seconds: float = attrs.field(init=False, default=0.0)
     _ask_again_at: float = attrs.field(init=False, default=0.0)
@@ -44,17 +47,18 @@ class Health:
             Unavailable: it did not answer, or is down and not due to be asked again.
         """
         await self._admit()
+        changes = self._changes
         try:
             result = await request()
         except (NotOurs, Exhausted):
-            self._succeeded()
+            self._succeeded(changes)
             raise
         except Unavailable as error:
-            self._failed(error)
+            self._failed(error, changes)
             raise
         finally:
             self._probe_ended.set()
-        self._succeeded()
+        self._succeeded(changes)
         return result
 
     async def _admit(self) -> None:
@@ -75,17 +79,21 @@ class Health:
         if not self.is_up:
             raise Unavailable(f"{self.name} is down")
 
-    def _succeeded(self) -> None:
-        if not self.is_up:
+    def _succeeded(self, changes: int) -> None:
+        if not self.is_up and changes == self._changes:
             log.event(f"{self.name} is back")
             self.is_up = True
+            self._changes += 1
             self._backoff.reset()
 
-    def _failed(self, error: Unavailable) -> None:
+    def _failed(self, error: Unavailable, changes: int) -> None:
         self.failures_total += 1
+        if changes != self._changes:
+            return
         if self.is_up:
             log.warning(f"{self.name} is down", reason=error)
             self.is_up = False
+            self._changes += 1
             self._begin_pause(self._backoff.next_seconds())
         else:
             # Once more, from now on: a store that hangs would else be asked without a pause.

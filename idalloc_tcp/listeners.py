@@ -59,7 +59,8 @@ class Listener:
             await trio.lowlevel.wait_readable(self.socket)
             has_room = self.accept_waiting(welcome)
             if had_room and not has_room:
-                log.warning("no file or memory is left for more connections", listen=self.address)
+                text = "no file or memory is left for more connections"
+                log.sparingly(log.WARNING, text, listen=self.address)
             had_room = has_room
             if not has_room:
                 await trio.sleep(FULL_PAUSE_SECONDS)

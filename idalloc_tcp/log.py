@@ -8,32 +8,115 @@ a tenth of the memory of an idle server.
 import logging
 import sys
 import time
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any, Final, final
+
+import attrs
+
+INFO: Final = logging.INFO
+WARNING: Final = logging.WARNING
+ERROR: Final = logging.ERROR
 
 _LOGGER: Final = logging.getLogger("idalloc_tcp")
 
+#: How long the repeats of an event are counted before their sum is logged.
+PERIOD_SECONDS: Final = 60
 
-def event(name: str, **fields: object) -> None:
+
+def event(name: str, /, **fields: object) -> None:
     """Log that something happened that a person on call may want to know."""
     _LOGGER.info(name, extra={"fields": fields})
 
 
-def warning(name: str, **fields: object) -> None:
+def warning(name: str, /, **fields: object) -> None:
     """Log that something is not as it should be."""
     _LOGGER.warning(name, extra={"fields": fields})
 
 
-def failure(name: str, **fields: object) -> None:
-    """Log the exception that is being handled: something that must not happen."""
-    _LOGGER.error(name, exc_info=True, extra={"fields": fields})
+def error(name: str, /, **fields: object) -> None:
+    """Log that something cannot be done that somebody asked for."""
+    _LOGGER.error(name, extra={"fields": fields})
 
 
-def configure(level: str, form: str, **common: object) -> None:
+def sparingly(level: int, name: str, /, **fields: object) -> None:
+    """Log something that may happen very often: see `Repeats`. Fields are numbers and texts.
+
+    An error is the exception that is being handled: something that must not happen at all.
+    """
+    extra = {"fields": fields, "sparingly": True}
+    _LOGGER.log(level, name, exc_info=level >= ERROR, extra=extra)
+
+
+def answer(name: str, /, **fields: object) -> None:
+    """Log what somebody asked for just now, however severe an event has to be to be logged."""
+    extra = {"fields": fields}
+    _LOGGER.handle(_LOGGER.makeRecord(_LOGGER.name, INFO, "", 0, name, (), None, extra=extra))
+
+
+def limiting(what: str, /, **fields: object) -> None:
+    """Log that `what` there is of is at its limit, so that some who want it are refused."""
+    sparingly(WARNING, f"limiting {what}", **fields)
+
+
+@final
+@attrs.define
+class _Repeated:
+    """What came after the first event of a name: how many, and what the last one said.
+
+    Not its record, which may hold on to a traceback and all that is in it.
+    """
+
+    level: int
+    fields: Mapping[str, object]
+    count: int = 0
+
+
+@final
+@attrs.define(eq=False)
+class Repeats:
+    """Lets the first of several like events pass, and counts the others for a sum.
+
+    Like events have the same name, and were logged `sparingly`. Pure: whoever calls `sum_up` once
+    in `PERIOD_SECONDS` gives it its time.
+    """
+
+    _repeated: dict[str, _Repeated] = attrs.field(init=False, factory=dict)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Shall it be logged now? (What a handler of the standard library asks.)"""
+        if not getattr(record, "sparingly", False):
+            return True
+        fields: Mapping[str, object] = getattr(record, "fields", {})
+        repeated = self._repeated.get(record.msg)
+        if repeated is None:
+            self._repeated[record.msg] = _Repeated(record.levelno, fields)
+            return True
+        repeated.fields = fields
+        repeated.count += 1
+        return False
+
+    def sum_up(self) -> None:
+        """Log how often each event was repeated since the last time, with the last one's fields.
+
+        What was not repeated is forgotten: the next of its name is a first one again.
+        """
+        for name, repeated in list(self._repeated.items()):
+            if not repeated.count:
+                del self._repeated[name]
+                continue
+            sums = {"repeated": repeated.count, "within_seconds": PERIOD_SECONDS}
+            repeated.count = 0
+            _LOGGER.log(repeated.level, name, extra={"fields": {**repeated.fields, **sums}})
+
+
+def configure(level: str, form: str, **common: object) -> Repeats:
     """Send events of `level` and above to standard error, as `console` or as `json` lines.
 
     Args:
         common: fields of every event.
+
+    Returns:
+        What to call for the sums of events that were repeated.
     """
 
     def add_common(record: logging.LogRecord) -> bool:
@@ -41,10 +124,18 @@ def configure(level: str, form: str, **common: object) -> None:
         return True
 
     handler = logging.StreamHandler(sys.stderr)
+    repeats = Repeats()
+    handler.addFilter(repeats.filter)
     if common:
         handler.addFilter(add_common)
     handler.setFormatter(_json_formatter() if form == "json" else _ConsoleFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    return repeats
+
+
+def set_level(level: str) -> None:
+    """From now on log events of `level` and above."""
+    logging.getLogger().setLevel(level.upper())
 
 
 @final

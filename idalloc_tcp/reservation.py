@@ -142,7 +142,7 @@ class Reservation:
         try:
             return await self.health.ask(request)
         except NotOurs as error:
-            log.warning("a service is not ours yet", reason=error)
+            log.sparingly(log.WARNING, "a service is not ours yet", reason=str(error))
             raise
         except Unavailable as error:
             self.metrics.lease_failures_total += 1
@@ -163,8 +163,9 @@ class Reservation:
     async def _give_back(self, tails: Sequence[Tail]) -> None:
         try:
             returned = await self.ask(partial(self._ledger.give_back, tails))
-        except Unavailable:
+        except Unavailable as error:
             returned = [False] * len(tails)
+            _note_unreturned(tails, error)
         for tail, is_back in zip(tails, returned, strict=True):
             self.settle(tail, is_back=is_back)
             if is_back and self.floor(tail.service) == tail.segment.last:
@@ -185,6 +186,17 @@ class Reservation:
         """Note the end of a lease that somebody holds."""
         # Never lower: replies may overtake each other.
         self._floors.set(service, max(lease_end, self._floors.get(service)))
+
+
+def _note_unreturned(tails: Sequence[Tail], error: Unavailable) -> None:
+    ids = sum(tail.segment.size for tail in tails)
+    log.sparingly(
+        log.WARNING,
+        "IDs could not be given back",
+        services=len(tails),
+        ids=ids,
+        reason=str(error.__cause__ or error),
+    )
 
 
 @final
@@ -265,7 +277,9 @@ class CounterReservation:
         if isinstance(answer, Refusal):
             return lease
         assert refusal.reason is not None
-        self._metrics.seats_total[refusal.reason.value] += 1
+        reason = refusal.reason.value
+        self._metrics.seats_total[reason] += 1
+        log.sparingly(log.INFO, f"a counter was seated anew: it was {reason}", service=service)
         return self._own(service, answer)
 
     async def _extend(self, service: str, size: int, seen: State) -> tuple[bool, Segment | None]:
@@ -328,7 +342,7 @@ class CounterReservation:
         state, is_live = await self._ask(partial(self._counter.inspect, service))
         row = await self._direct.ask(partial(self._ledger.read, service))
         if is_live and row is not None and row.last_alloc_value < state.lease_end:
-            log.warning("a row was behind its counter", service=service)
+            log.sparingly(log.WARNING, "a row was behind its counter", service=service)
             raising = partial(self._ledger.raise_to, service, state.lease_end)
             await self._direct.ask(raising)
 
@@ -341,8 +355,9 @@ class CounterReservation:
                 continue
             try:
                 is_back = await self._ask(partial(self._counter.give_back, tail))
-            except Unavailable:
+            except Unavailable as error:
                 is_back = False
+                _note_unreturned([tail], error)
             self._direct.settle(tail, is_back=is_back)
         await self._direct.give_back(to_ledger)
 

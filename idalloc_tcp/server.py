@@ -214,6 +214,7 @@ class Server:
 
     async def _turn_away(self, stream: trio.abc.HalfCloseableStream) -> None:
         self._metrics.connections_refused_total += 1
+        log.limiting("connections", max=self._limits.max_connections)
         error = Busy(f"{self._limits.max_connections} connections are open; retry later")
         with trio.move_on_after(FAREWELL_SECONDS):
             async with stream:

@@ -13,6 +13,7 @@ from typing import final
 import attrs
 import trio
 
+from idalloc_tcp import log
 from idalloc_tcp.errors import Exhausted, Unavailable
 from idalloc_tcp.metrics import Metrics
 from idalloc_tcp.recent import Recent
@@ -76,7 +77,10 @@ class Sync:
     def _put(self, step: Step, service: str) -> None:
         try:
             self._queue.send_nowait((step, service))
-        except (trio.WouldBlock, trio.ClosedResourceError):
+        except trio.WouldBlock:
+            self._metrics.sync_drops_total += 1
+            log.sparingly(log.WARNING, "a store's task found no room and was dropped")
+        except trio.ClosedResourceError:  # It is stopping.
             self._metrics.sync_drops_total += 1
 
     async def _work(self) -> None:

@@ -187,7 +187,9 @@ class Workers:
             try:
                 await self._employ(number)
             except IdallocError as error:
-                log.warning("a worker cannot start", worker=number, reason=str(error))
+                log.sparingly(
+                    log.WARNING, "a worker cannot start", worker=number, reason=str(error)
+                )
             if trio.current_time() - began_at > SETTLED_SECONDS:
                 backoff.reset()
 
@@ -223,7 +225,8 @@ class Workers:
         if "ready" not in said and not self.is_stopping:
             raise StartRefused(f"worker {number} ended with status {status} before it served")
         if status or not self.is_stopping:
-            log.warning("a worker ended", worker=number, pid=process.pid, status=status)
+            fields = {"worker": number, "pid": process.pid, "status": status}
+            log.sparingly(log.WARNING, "a worker ended", **fields)
 
     async def _start(self, number: int) -> tuple[trio.Process, Link]:
         await trio.lowlevel.checkpoint_if_cancelled()

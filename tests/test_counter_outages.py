@@ -55,7 +55,11 @@ async def test_a_dead_counter_is_asked_once_a_pause(
     await trio.sleep(1)
     await worker.reservation.reserve("orders", SIZE)
     assert worker.metrics.seats_total == {"missing": 1}
-    assert caplog.messages == ["the counter is down", "the counter is back"]
+    assert caplog.messages == [
+        "the counter is down",
+        "the counter is back",
+        "a counter was seated anew: it was missing",
+    ]
 
 
 async def test_nobody_waits_for_stores_that_are_down(

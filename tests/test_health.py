@@ -1,6 +1,7 @@
 """Whether a store is worth asking."""
 
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 import pytest
 import trio
@@ -146,3 +147,29 @@ async def test_pauses_start_over_after_an_answer(autojump_clock: MockClock) -> N
     assert not await is_asked(health)
     await trio.sleep(FIRST_SECONDS)
     assert await is_asked(health)
+
+
+async def test_requests_that_were_under_way_change_nothing(
+    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of many that are pending when a store goes or comes only one is news: one line each."""
+    caplog.set_level("INFO")
+    health = Health("the store")
+
+    async def ask(request: Callable[[], Awaitable[object]]) -> None:
+        with suppress(Unavailable):
+            await health.ask(request)
+
+    async def answer_late() -> None:
+        await trio.sleep(0.02)
+
+    async with trio.open_nursery() as nursery:
+        for seconds in (0.01, 0.03, 5):
+            nursery.start_soon(ask, failing(Unavailable("no answer"), seconds))
+        nursery.start_soon(ask, answer_late)
+        await trio.sleep(0.04)
+        assert caplog.messages == ["the store is down"]
+        await trio.sleep(LONGEST_SECONDS)
+        await health.ask(answering)
+    assert health.failures_total == 3
+    assert caplog.messages == ["the store is down", "the store is back"]
