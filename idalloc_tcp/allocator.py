@@ -126,6 +126,12 @@ class Allocator:
         """Let `run` come to its end; nothing can be taken any more."""
         self._stopping.set()
 
+    def resize(self, size: SizePolicy) -> None:
+        """Let segments be of these sizes from each service's next one on."""
+        self._policy = attrs.evolve(self._policy, size=size)
+        for service in self._services.values():
+            service.demand.policy = size
+
     def rows(self) -> Iterator[Row]:
         """What STATS says of all services together."""
         yield "services", len(self._services)

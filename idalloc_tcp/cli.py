@@ -146,7 +146,7 @@ def _serve(options: argparse.Namespace) -> None:
     # Not at the top: the other commands are quick, and need none of the server.
     from idalloc_tcp import composition  # noqa: PLC0415
 
-    composition.serve(_load(options).settings)
+    composition.serve(lambda: _load(options).settings)
 
 
 def _init_db(options: argparse.Namespace) -> None:

@@ -39,20 +39,20 @@ class Express:
     Args:
         known: the lines that were seen before, with their LF.
         supplies: those of the services that are in use.
-        limiter: how fast IDs may go; without one as fast as they can.
+        limiter: how fast IDs may go; without one as fast as they can. It may be replaced.
     """
 
     _known: Mapping[bytes, KnownLine]
     _supplies: Mapping[str, Supply]
     _metrics: Metrics
-    _limiter: RateLimiter | None = None
+    limiter: RateLimiter | None = None
 
     def answer(self, chunks: Iterable[bytes]) -> list[bytes]:
         """All replies to each of these chunks, which come from sessions that are at rest.
 
         b"", and nothing done, for a chunk that has to go the long way.
         """
-        known_lines, supplies, limiter = self._known.get, self._supplies.get, self._limiter
+        known_lines, supplies, limiter = self._known.get, self._supplies.get, self.limiter
         replies, requests, ids = [], 0, 0
         #: Milliseconds until a service may have more. Between two chunks no time passes.
         hasty: dict[str, int] = {}
@@ -99,8 +99,8 @@ class Express:
         supply, served = self._supplies.get(service), asked
         if supply is None or not supply.has_run(asked * count):
             return b""
-        if self._limiter is not None:
-            served = self._limiter.admit(service, asked, count)
+        if self.limiter is not None:
+            served = self.limiter.admit(service, asked, count)
         if not served:
             return self._refuse_hasty(known, asked)
         ids = served * count
@@ -120,9 +120,9 @@ class Express:
         for service, supply in supplies.items():
             if supply is None or not supply.has_run(wanted[service]):
                 return b""
-        if self._limiter is not None:
+        if self.limiter is not None:
             requests = Counter(known.service for known in lines)
-            if not self._limiter.admit_all(requests, wanted):
+            if not self.limiter.admit_all(requests, wanted):
                 return b""
         self._count(len(lines), sum(wanted.values()))
         upcoming = {
@@ -137,8 +137,8 @@ class Express:
         return b"".join([known.reply for known in lines]) % tuple(firsts)
 
     def _refuse_hasty(self, known: KnownLine, times: int) -> bytes:
-        assert self._limiter is not None
-        return self._refuse(known, times, self._limiter.wait_ms(known.service))
+        assert self.limiter is not None
+        return self._refuse(known, times, self.limiter.wait_ms(known.service))
 
     def _refuse(self, known: KnownLine, times: int, wait_ms: int) -> bytes:
         self._metrics.requests_total += times

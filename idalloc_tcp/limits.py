@@ -11,6 +11,7 @@ from typing import Final, final
 
 import attrs
 
+from idalloc_tcp import log
 from idalloc_tcp.errors import RateLimited
 
 #: A bucket holds what its rate gives in so many seconds: enough for clients that come together,
@@ -18,6 +19,8 @@ from idalloc_tcp.errors import RateLimited
 BURST_SECONDS: Final = 0.1
 #: Services whose buckets are remembered; beyond it the one made first is forgotten, and is full.
 SERVICES_MAX: Final = 100_000
+#: To refuse has to be cheap: the log hears of it only once in so many seconds.
+NOTE_SECONDS: Final = 1.0
 
 #: As `allocator.Allocator.take`.
 Take = Callable[[str, int], int | None]
@@ -103,16 +106,12 @@ class RateLimiter:
     _limits_services: bool = attrs.field(init=False, default=False)
     #: By service: its own.
     _services: dict[str, tuple[Bucket, ...]] = attrs.field(init=False, factory=dict)
+    _note_again_at: float = attrs.field(init=False, default=0.0)
 
     def __attrs_post_init__(self) -> None:
-        self.change(self._limits)
-
-    def change(self, limits: RateLimits) -> None:
-        """Have other limits from now on. All buckets are full again."""
-        self._limits = limits
+        limits = self._limits
         self._server = self._buckets(limits.requests, limits.ids)
         self._limits_services = bool(limits.service_requests or limits.service_ids)
-        self._services.clear()
 
     def admit(self, service: str, times: int, count: int) -> int:
         """How many of so many requests for `count` IDs each may be served; they are paid for."""
@@ -147,7 +146,11 @@ class RateLimiter:
         return True
 
     def wait_ms(self, service: str) -> int:
-        """After how many milliseconds, at least 1, what was just not admitted may be."""
+        """After how many milliseconds, at least 1, what was just not admitted may be.
+
+        That it was not is noted in the log.
+        """
+        self._note(service)
         seconds = 0.001
         for bucket in self._server + self._of(service):
             seconds = max(seconds, bucket.wait_seconds())
@@ -162,6 +165,12 @@ class RateLimiter:
             return take(service, count)
 
         return take_slowly
+
+    def _note(self, service: str) -> None:
+        now = self._clock()
+        if now >= self._note_again_at:
+            self._note_again_at = now + NOTE_SECONDS
+            log.limiting("requests", service=service)
 
     def _of(self, service: str) -> tuple[Bucket, ...]:
         """Those of a service alone; none if only the server is limited."""

@@ -6,7 +6,7 @@ can: a worker for itself, the parent for all of them.
 """
 
 import json
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import suppress
 from itertools import count
 from typing import Any, Final, Self, TypeAlias, final
@@ -33,10 +33,12 @@ class Query:
     Attributes:
         service: this one alone; None: the server ...
         services_max: ... and so many of its busiest services.
+        settings: not a question: new values of settings, to be in effect before the answer.
     """
 
     service: str | None = None
     services_max: int = 0
+    settings: Mapping[str, Any] | None = None
 
 
 Answer = Callable[[Query], Awaitable[Snapshot]]

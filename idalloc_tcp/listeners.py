@@ -4,7 +4,7 @@ import errno
 import os
 import socket
 import stat
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Final, Self, final
 
@@ -22,6 +22,7 @@ ACCEPT_BATCH: Final = 64
 #: No file or memory is left for another connection: that passes when some have ended.
 _FULL: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 FULL_PAUSE_SECONDS: Final = 0.1
+_FAMILIES: Final = frozenset({socket.AF_INET, socket.AF_INET6, socket.AF_UNIX})
 
 #: What is done with a new connection's socket, which does not block.
 Welcome = Callable[[socket.socket], None]
@@ -35,13 +36,20 @@ class Listener:
     socket: socket.socket
     #: Device and inode of a Unix socket's name that is ours to remove.
     _name_identity: tuple[int, int] | None = None
+    #: A service manager keeps it open: who is still in its queue at a stop waits for the next
+    #: server.
+    is_managed: bool = False
 
     @classmethod
-    def adopt(cls, descriptor: int) -> Self:
-        """A socket that another process opened, which also looks after its name."""
+    def adopt(cls, descriptor: int, is_managed: bool) -> Self:
+        """A socket that another process opened, which also looks after its name.
+
+        Raises:
+            OSError: the descriptor is not that of a socket.
+        """
         listening = socket.socket(fileno=descriptor)
         listening.setblocking(False)
-        return cls(listening)
+        return cls(listening, is_managed=is_managed)
 
     @property
     def address(self) -> str:
@@ -144,6 +152,34 @@ async def open_shared_listeners(addresses: Sequence[Address], shares: int) -> li
         close_listeners({listener for share in (first, *rest) for listener in share})
         raise StartRefused(f"cannot share a port: {error.strerror or error}") from error
     return [first, *rest]
+
+
+def managed_listeners(descriptors: Mapping[int, str]) -> list[Listener]:
+    """The sockets, with their names, that a service manager opened for this process.
+
+    Raises:
+        StartRefused: one of them is not a stream socket that listens.
+    """
+    listeners = []
+    for descriptor, name in descriptors.items():
+        try:
+            os.set_inheritable(descriptor, False)
+            listener = Listener.adopt(descriptor, is_managed=True)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise StartRefused(
+                f"cannot listen on descriptor {descriptor} ({name}): {reason}"
+            ) from None
+        opened = listener.socket
+        if (
+            opened.type != socket.SOCK_STREAM
+            or opened.family not in _FAMILIES
+            or not opened.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        ):
+            text = "it is not a stream socket that listens"
+            raise StartRefused(f"cannot listen on descriptor {descriptor} ({name}): {text}")
+        listeners.append(listener)
+    return listeners
 
 
 def close_listeners(listeners: Iterable[Listener]) -> None:

@@ -6,13 +6,11 @@ no new connections, then each connection answers what has arrived and closes (th
 once, the busy ones within `drain_seconds`), then the allocator gives back what was not served.
 """
 
-import math
-import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from socket import socket
-from typing import Final, Protocol, final
+from typing import final
 
 import attrs
 import trio
@@ -37,11 +35,6 @@ from idalloc_tcp.protocol import RequestParser, err
 from idalloc_tcp.session import Fallback, Session, Take, no_fallback
 from idalloc_tcp.snapshot import Snapshot
 
-#: A stop by these is a clean one; a second one ends the process at once.
-STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
-#: Wrappers pass a signal on that the process group has got as well: so close, two are one.
-ECHO_SECONDS: Final = 0.25
-
 
 @final
 @attrs.frozen
@@ -64,34 +57,35 @@ class Server:
 
     Args:
         store_rows: what STATS says of the stores.
-        fallback: what stands in for IDs that are unavailable.
+        limits: new ones hold for connections that come then.
+        fallback: what stands in for IDs that are unavailable; a new one holds at once.
         limiter: how fast IDs may go; without one as fast as they can.
         gather: what STATS answers, if this process is one of several.
     """
 
     _allocator: Allocator
-    _limits: ServerLimits
+    limits: ServerLimits
     _metrics: Metrics
     _store_rows: Callable[[], Iterable[Row]] = tuple
-    _fallback: Fallback = no_fallback
+    fallback: Fallback = no_fallback
     _limiter: RateLimiter | None = None
     _gather: Gather | None = None
     _residents: Residents = attrs.field(factory=Residents)
     _parser: RequestParser = attrs.field(init=False)
     _express: Express = attrs.field(init=False)
     _sweep: Sweep | None = attrs.field(init=False)
-    _take: Take = attrs.field(init=False)
+    #: The allocator's, within the rates.
+    _allowed_take: Take = attrs.field(init=False)
     _connections: set[Connection] = attrs.field(init=False, factory=set)
     _stopping: trio.Event = attrs.field(init=False, factory=trio.Event)
     _started_at: float = attrs.field(init=False, factory=time.monotonic)
 
     def __attrs_post_init__(self) -> None:
-        self._parser = RequestParser(self._limits.max_count)
-        known, services, limiter = self._parser.known, self._allocator.services, self._limiter
-        self._express = Express(known, services, self._metrics, limiter)
-        self._sweep = Sweep(self._express.answer) if self._limits.sweeps else None
-        take = self._allocator.take
-        self._take = take if limiter is None else limiter.limited(take)
+        self._parser = RequestParser(self.limits.max_count)
+        known, services = self._parser.known, self._allocator.services
+        self._express = Express(known, services, self._metrics)
+        self._sweep = Sweep(self._express.answer) if self.limits.sweeps else None
+        self.limit(self._limiter)
 
     async def run(
         self,
@@ -129,8 +123,9 @@ class Server:
                 task_status.started()
                 await self._stopping.wait()
                 accepting.cancel_scope.cancel()
-            for listener in listeners:  # Who has connected before the stop is told of it.
-                listener.accept_waiting(welcome, BACKLOG)
+            for listener in listeners:
+                if not listener.is_managed:  # Who has connected before the stop is told of it.
+                    listener.accept_waiting(welcome, BACKLOG)
         finally:
             close_listeners(listeners)
 
@@ -138,6 +133,12 @@ class Server:
     def is_stopping(self) -> bool:
         """Has a stop begun?"""
         return self._stopping.is_set()
+
+    def limit(self, limiter: RateLimiter | None) -> None:
+        """Have IDs go as fast as this limiter allows from now on."""
+        take = self._allocator.take
+        self._allowed_take = take if limiter is None else limiter.limited(take)
+        self._express.limiter = limiter
 
     def stop(self) -> None:
         """Drain: let `run` come to its end."""
@@ -147,7 +148,7 @@ class Server:
         self, stream: trio.abc.HalfCloseableStream, connected: socket | None = None
     ) -> None:
         """Serve one client. With the socket that the stream is on, it may use the fast lane."""
-        if len(self._connections) >= self._limits.max_connections:
+        if len(self._connections) >= self.limits.max_connections:
             await self._turn_away(stream)
             return
         session = Session(
@@ -155,7 +156,7 @@ class Server:
             self._take,
             self._report,
             self._metrics,
-            self._fallback,
+            self._fall_back,
         )
         rider = None
         if self._sweep is not None and connected is not None:
@@ -164,7 +165,7 @@ class Server:
             stream,
             session,
             self._allocator.wait,
-            self._limits.connection,
+            self.limits.connection,
             rider,
             self._gather or no_gathering,
         )
@@ -192,6 +193,12 @@ class Server:
         yield from self._allocator.rows()
         yield from self._metrics.rows()
 
+    def _take(self, service: str, count: int) -> int | None:
+        return self._allowed_take(service, count)
+
+    def _fall_back(self, service: str, count: int) -> int | None:
+        return self.fallback(service, count)
+
     def _report(self, service: str | None) -> Iterable[Row] | None:
         return self.rows(service) if self._gather is None else None
 
@@ -207,51 +214,17 @@ class Server:
 
     def _drain(self, scope: trio.CancelScope) -> None:
         log.event("draining", connections=len(self._connections))
-        scope.deadline = trio.current_time() + self._limits.drain_seconds
+        scope.deadline = trio.current_time() + self.limits.drain_seconds
         self._express.close()
         for connection in self._connections:
             connection.drain()
 
     async def _turn_away(self, stream: trio.abc.HalfCloseableStream) -> None:
         self._metrics.connections_refused_total += 1
-        log.limiting("connections", max=self._limits.max_connections)
-        error = Busy(f"{self._limits.max_connections} connections are open; retry later")
+        log.limiting("connections", max=self.limits.max_connections)
+        error = Busy(f"{self.limits.max_connections} connections are open; retry later")
         with trio.move_on_after(FAREWELL_SECONDS):
             async with stream:
                 with suppress(trio.BrokenResourceError):  # It left first.
                     await stream.send_all(err(error) + b"\n")
                     await stream.send_eof()
-
-
-class Stoppable(Protocol):
-    """What can be drained."""
-
-    @property
-    def is_stopping(self) -> bool:
-        """Has a stop begun?"""
-        ...
-
-    def stop(self) -> None:
-        """Begin it."""
-        ...
-
-
-async def stop_on_signals(
-    server: Stoppable, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
-) -> None:
-    """Drain at the first stop signal; at the second, give up everything at once.
-
-    Raises:
-        KeyboardInterrupt: at the second signal.
-    """
-    with trio.open_signal_receiver(*STOP_SIGNALS) as signals:
-        task_status.started()
-        stopping_since = -math.inf
-        async for number in signals:
-            if server.is_stopping:
-                if trio.current_time() - stopping_since < ECHO_SECONDS:
-                    continue
-                raise KeyboardInterrupt
-            stopping_since = trio.current_time()
-            log.event("stopping", signal=signal.Signals(number).name)
-            server.stop()

@@ -3,6 +3,7 @@
 `workers.py` starts it, with the descriptors of its link and of its listening sockets as arguments.
 """
 
+import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -24,7 +25,8 @@ async def work(control: int, listening: Sequence[int]) -> int:
         setup = await link.receive()
         if setup is None:
             return 1
-        listeners = [Listener.adopt(descriptor) for descriptor in listening]
+        is_managed = setup["is_managed"]
+        listeners = [Listener.adopt(descriptor, is_managed) for descriptor in listening]
         try:
             settings = Settings(**setup["settings"])
             await composition.serve_linked(settings, listeners, link, setup["number"])
@@ -35,5 +37,7 @@ async def work(control: int, listening: Sequence[int]) -> int:
 
 
 if __name__ == "__main__":
+    # Whoever hangs up on all processes means the parent, which tells us what is new.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     descriptors = [int(argument) for argument in sys.argv[1:]]
     sys.exit(trio.run(work, descriptors[0], descriptors[1:]))

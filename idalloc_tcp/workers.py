@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Final, final
 
@@ -43,9 +43,15 @@ KILL_SECONDS: Final = 2.0
 Ready = Callable[[Mapping[str, str]], Awaitable[None]]
 
 
-def setup_message(settings: Settings, number: int) -> Message:
-    """What a worker has to know first: with which settings it runs, and which worker it is."""
-    return {"settings": attrs.asdict(settings, recurse=False), "number": number}
+def setup_message(settings: Settings, number: int, is_managed: bool) -> Message:
+    """What a worker has to know first.
+
+    Args:
+        number: which worker it is.
+        is_managed: does a service manager keep the listening sockets open?
+    """
+    values = attrs.asdict(settings, recurse=False)
+    return {"settings": values, "number": number, "is_managed": is_managed}
 
 
 def refusal_message(error: IdallocError) -> Message:
@@ -83,6 +89,8 @@ class Workers:
     _workers: dict[int, _Worker] = attrs.field(init=False, factory=dict)
     _processes: set[trio.Process] = attrs.field(init=False, factory=set)
     _restarts_total: int = attrs.field(init=False, default=0)
+    #: The names of the settings that have changed since the start.
+    _changed: set[str] = attrs.field(init=False, factory=set)
     #: The totals of all that died.
     _departed: Snapshot = attrs.field(init=False, factory=Snapshot)
     _stopping: trio.Event = attrs.field(init=False, factory=trio.Event)
@@ -124,6 +132,24 @@ class Workers:
     def stop(self) -> None:
         """Drain: let `run` come to its end."""
         self._stopping.set()
+
+    async def change(self, settings: Settings, names: Iterable[str]) -> None:
+        """Put settings into effect in all workers, and in those that start later.
+
+        Args:
+            names: those of the settings that changed.
+        """
+        self._settings = settings
+        self._changed.update(names)
+        async with trio.open_nursery() as nursery:
+            for number, worker in self._workers.items():
+                nursery.start_soon(self._tell, number, worker)
+
+    async def _tell(self, number: int, worker: _Worker) -> None:
+        values = {name: getattr(self._settings, name) for name in self._changed}
+        if await worker.link.ask(Query(settings=values), ANSWER_SECONDS) is None:
+            text = "a worker may still have the settings of before: if it lives, restart it"
+            log.warning(text, worker=number)
 
     async def gather(self, service: str | None = None) -> Snapshot:
         """What all workers measured, as if they were one: of the server, or of one service alone.
@@ -187,9 +213,8 @@ class Workers:
             try:
                 await self._employ(number)
             except IdallocError as error:
-                log.sparingly(
-                    log.WARNING, "a worker cannot start", worker=number, reason=str(error)
-                )
+                text = "a worker cannot start"
+                log.sparingly(log.WARNING, text, worker=number, reason=str(error))
             if trio.current_time() - began_at > SETTLED_SECONDS:
                 backoff.reset()
 
@@ -209,11 +234,13 @@ class Workers:
             if self.is_stopping:
                 process.terminate()
             async with link:
-                await link.send(setup_message(self._settings, number))
+                settings = self._settings
+                is_managed = any(listener.is_managed for listener in self._listeners)
+                await link.send(setup_message(settings, number, is_managed))
                 said = await link.receive() or {}
                 if "ready" in said:
                     task_status.started(said["ready"])
-                    await self._listen(number, link)
+                    await self._listen(number, link, settings)
             status = await process.wait()
         finally:
             self._processes.discard(process)
@@ -251,10 +278,14 @@ class Workers:
                 raise
         return process, Link(trio.SocketStream(trio.socket.from_stdlib_socket(ours)))
 
-    async def _listen(self, number: int, link: Link) -> None:
+    async def _listen(self, number: int, link: Link, settings: Settings) -> None:
         worker = self._workers[number] = _Worker(link)
         try:
-            await link.run(self._gather)
+            async with trio.open_nursery() as nursery:
+                if settings is not self._settings:  # They have changed since it was told them.
+                    nursery.start_soon(self._tell, number, worker)
+                await link.run(self._gather)
+                nursery.cancel_scope.cancel()
         finally:
             del self._workers[number]
             self._departed = merge([self._departed, worker.totals])

@@ -16,7 +16,7 @@ from typing import Final
 
 import pytest
 
-from idalloc_tcp.server import ECHO_SECONDS
+from idalloc_tcp.signals import ECHO_SECONDS
 from tests.abuse import abuse
 from tests.conftest import VARIANTS
 from tests.hammer import hammer

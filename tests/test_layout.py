@@ -16,19 +16,9 @@ ROOT: Final = Path(idalloc_tcp.__file__).parent
 ORDER: Final = (
     *("errors", "names", "address", "kinds", "config", "metrics", "log", "protocol", "session"),
     *("limits", "express", "snapshot", "pool", "sizing", "recent", "underway", "backoff", "health"),
-    *(
-        "garbage",
-        "bridge",
-        "ledger",
-        "counter",
-        "reservation",
-        "sync",
-        "fallback",
-        "service",
-        "allocator",
-    ),
-    *("stores", "lanes", "connection", "listeners", "server", "client", "link", "workers"),
-    *("composition", "worker", "cli", "__main__"),
+    *("garbage", "bridge", "ledger", "counter", "reservation", "sync", "fallback", "service"),
+    *("allocator", "stores", "lanes", "connection", "listeners", "server", "signals", "systemd"),
+    *("reload", "client", "link", "workers", "composition", "worker", "cli", "__main__"),
 )
 #: What talks and what allocates know nothing of each other; `server` puts them together.
 TALKING: Final = frozenset({"protocol", "session", "express"})

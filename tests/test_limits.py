@@ -1,5 +1,6 @@
 """Rates: what is admitted in the long run, at once, and what is told to who comes too fast."""
 
+from contextlib import suppress
 from typing import Final, final
 
 import attrs
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from idalloc_tcp import limits
 from idalloc_tcp.errors import RateLimited, from_wire
 from idalloc_tcp.express import Express
-from idalloc_tcp.limits import BURST_SECONDS, RateLimiter, RateLimits
+from idalloc_tcp.limits import BURST_SECONDS, NOTE_SECONDS, RateLimiter, RateLimits
 from idalloc_tcp.metrics import Metrics
 from idalloc_tcp.protocol import RequestParser
 from tests.lane import Lane, Supplies
@@ -105,14 +106,16 @@ def test_a_mixed_chunk_is_admitted_together_or_line_by_line(
     assert limited.admit("a", 100, 1) == (5 if admitted else 10)
 
 
-def test_other_limits_hold_at_once() -> None:
-    """They may be changed while requests come."""
-    limited = limiter(Clock(), requests=10)
-    assert limited.admit("orders", 100, 1) == 1
-    limited.change(RateLimits(requests=1_000))
-    assert limited.admit("orders", 1_000, 1) == 100
-    limited.change(RateLimits())
-    assert limited.admit("orders", 10**9, 10**6) == 10**9
+def test_refusals_are_told_to_the_log_once_a_second(caplog: pytest.LogCaptureFixture) -> None:
+    """However many requests are refused, refusing them stays cheap."""
+    clock = Clock()
+    take = limiter(clock, requests=10).limited(lambda _service, count: count)
+    for _ in range(3):
+        for _ in range(100):
+            with suppress(RateLimited):
+                take("orders", 1)
+        clock.now += NOTE_SECONDS
+    assert caplog.messages == ["limiting requests"] * 3
 
 
 def test_few_services_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,8 @@ import trio.testing
 from idalloc_tcp.address import Address, UnixAddress
 from idalloc_tcp.allocator import AllocatorPolicy
 from idalloc_tcp.connection import QUIET_SECONDS
-from idalloc_tcp.server import ECHO_SECONDS, ServerLimits, stop_on_signals
+from idalloc_tcp.server import ServerLimits
+from idalloc_tcp.signals import ECHO_SECONDS, stop_on_signals
 from tests.fakes import FakeLedger
 from tests.serving import (
     ADDRESS_KINDS,
