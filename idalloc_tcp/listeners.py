@@ -158,28 +158,29 @@ def managed_listeners(descriptors: Mapping[int, str]) -> list[Listener]:
     """The sockets, with their names, that a service manager opened for this process.
 
     Raises:
-        StartRefused: one of them is not a stream socket that listens.
+        StartRefused: one of them is not a stream socket that listens; none is left open.
     """
-    listeners = []
+    listeners: list[Listener] = []
     for descriptor, name in descriptors.items():
         try:
             os.set_inheritable(descriptor, False)
-            listener = Listener.adopt(descriptor, is_managed=True)
+            listeners.append(Listener.adopt(descriptor, is_managed=True))
+            _check_listening(listeners[-1].socket)
         except OSError as error:
-            reason = error.strerror or str(error)
-            raise StartRefused(
-                f"cannot listen on descriptor {descriptor} ({name}): {reason}"
-            ) from None
-        opened = listener.socket
-        if (
-            opened.type != socket.SOCK_STREAM
-            or opened.family not in _FAMILIES
-            or not opened.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-        ):
-            text = "it is not a stream socket that listens"
-            raise StartRefused(f"cannot listen on descriptor {descriptor} ({name}): {text}")
-        listeners.append(listener)
+            close_listeners(listeners)
+            reason = error.strerror or error
+            text = f"cannot listen on descriptor {descriptor} ({name}): {reason}"
+            raise StartRefused(text) from error
     return listeners
+
+
+def _check_listening(opened: socket.socket) -> None:
+    if (
+        opened.family not in _FAMILIES
+        or opened.type != socket.SOCK_STREAM
+        or not opened.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    ):
+        raise OSError(errno.EINVAL, "it is not a stream socket that listens")
 
 
 def close_listeners(listeners: Iterable[Listener]) -> None:

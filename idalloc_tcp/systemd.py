@@ -22,7 +22,8 @@ VARIABLES: Final = (
 )
 #: The first of the sockets that it opened; the others follow it.
 FIRST_DESCRIPTOR: Final = 3
-#: How long a message to it may take. It reads them at once, or is in trouble itself.
+#: How long a message to it may take, and hold up all else. It reads them at once, or is in
+#: trouble itself.
 SEND_SECONDS: Final = 0.5
 
 
@@ -85,10 +86,10 @@ class ServiceManager:
         if self.watchdog_seconds is None:
             return
         while True:
-            self._tell("WATCHDOG=1")
+            self._tell("WATCHDOG=1", within_seconds=0)  # Another one follows.
             await trio.sleep(self.watchdog_seconds / 2)
 
-    def _tell(self, *assignments: str) -> None:
+    def _tell(self, *assignments: str, within_seconds: float = SEND_SECONDS) -> None:
         if not self._address:
             return
         # A name that begins with @ is an abstract one: not in the file system.
@@ -96,7 +97,7 @@ class ServiceManager:
         address = f"\0{self._address[1:]}" if is_abstract else self._address
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-                sender.settimeout(SEND_SECONDS)
+                sender.settimeout(within_seconds)
                 sender.sendto("\n".join(assignments).encode(), address)
         except OSError as error:
             text = "the service manager cannot be told"

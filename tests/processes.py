@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self, final
@@ -20,6 +20,7 @@ from typing import Final, Self, final
 import attrs
 import psutil
 
+PROGRAM: Final = (sys.executable, "-m", "idalloc_tcp")
 START_SECONDS: Final = 20.0
 STOP_SECONDS: Final = 10.0
 _SERVING: Final = re.compile(r" info serving listen=(\S+) ")
@@ -44,12 +45,18 @@ class ServerProcess:
         data: Path,
         listen: str = "127.0.0.1:0",
         environ: Mapping[str, str] | None = None,
+        program: Sequence[str] = PROGRAM,
+        descriptors: Sequence[int] = (),
     ) -> Self:
-        """Start a server and wait until it says that it serves."""
-        command = [sys.executable, "-m", "idalloc_tcp", "serve"]
-        command += ["--data", str(data), "--listen", listen, *flags]
+        """Start a server and wait until it says that it serves.
+
+        Args:
+            program: what runs the command.
+            descriptors: of files that it gets.
+        """
         process = subprocess.Popen(
-            command,
+            [*program, "serve", "--data", str(data), "--listen", listen, *flags],
+            pass_fds=descriptors,
             stderr=subprocess.PIPE,
             # Unbuffered: a line that waits in a buffer of ours is nothing to select.
             bufsize=0,
@@ -59,8 +66,8 @@ class ServerProcess:
         try:
             server._wait_until_serving()
         except BaseException:
-            process.kill()
-            process.wait()
+            server.kill()
+            server._close()
             raise
         return server
 
@@ -90,8 +97,20 @@ class ServerProcess:
 
     def terminate(self) -> int:
         """Stop it cleanly; its exit status."""
-        self.process.send_signal(signal.SIGTERM)
+        self.send(signal.SIGTERM)
         return self.process.wait(STOP_SECONDS)
+
+    def send(self, number: signal.Signals) -> None:
+        """Send it a signal."""
+        self.process.send_signal(number)
+
+    def says(self, text: str, times: int = 1) -> list[str]:
+        """The lines of its log with this text, once there are so many."""
+        deadline = time.monotonic() + STOP_SECONDS
+        while len(found := [line for line in list(self.lines) if text in line]) < times:
+            assert time.monotonic() < deadline, f"not {times} times in the log: {text}"
+            time.sleep(0.01)
+        return found
 
     def kill(self) -> None:
         """End it at once, as a crash would."""
@@ -112,8 +131,6 @@ class ServerProcess:
         if self._collector is not None:  # It ends with the last process that may write to it.
             self._collector.join(STOP_SECONDS)
             assert not self._collector.is_alive(), "a worker outlives its server"
-        if self.process.stderr is not None:
-            self.process.stderr.close()
 
     def _wait_until_serving(self) -> None:
         stderr = self.process.stderr
@@ -134,8 +151,13 @@ class ServerProcess:
                     return
         raise RuntimeError(f"the server did not serve within {START_SECONDS:g} s")
 
+    def _close(self) -> None:
+        if self._collector is None and self.process.stderr is not None:
+            self.process.stderr.close()
+
     def _collect(self) -> None:
-        """Keep the pipe of the log empty, and what came through it."""
+        """Keep the pipe of the log empty, and what came through it; then close it."""
         assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.lines.append(line.decode())
+        with self.process.stderr as stderr:
+            for line in stderr:
+                self.lines.append(line.decode())

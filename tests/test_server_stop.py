@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -14,7 +15,7 @@ from idalloc_tcp.address import Address, UnixAddress
 from idalloc_tcp.allocator import AllocatorPolicy
 from idalloc_tcp.connection import QUIET_SECONDS
 from idalloc_tcp.server import ServerLimits
-from idalloc_tcp.signals import ECHO_SECONDS, stop_on_signals
+from idalloc_tcp.signals import ECHO_SECONDS, STOP_SIGNALS, stop_on_signals
 from tests.fakes import FakeLedger
 from tests.serving import (
     ADDRESS_KINDS,
@@ -171,6 +172,15 @@ async def test_a_stop_before_the_first_client_is_a_clean_one() -> None:
 # --- signals ------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def _signals_as_before() -> Iterator[None]:
+    """A server that came to its end leaves stop signals ignored; its tests must not."""
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 async def keep_busy(running: Running) -> Peer:
     """A client whose request keeps the drain going."""
     peer = await running.connect()
@@ -179,6 +189,7 @@ async def keep_busy(running: Running) -> Peer:
     return peer
 
 
+@pytest.mark.usefixtures("_signals_as_before")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_the_first_stop_signal_drains(number: signal.Signals) -> None:
     """After one signal the busy connection is still answered, and the tails go back."""
@@ -193,6 +204,7 @@ async def test_the_first_stop_signal_drains(number: signal.Signals) -> None:
     assert ledger.snapshot() == {"orders": 1}
 
 
+@pytest.mark.usefixtures("_signals_as_before")
 async def test_the_second_stop_signal_gives_up() -> None:
     """A second signal does not wait for anybody: KeyboardInterrupt ends it all."""
     ledger = FakeLedger(delay_seconds=HUNG_SECONDS)
