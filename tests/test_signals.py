@@ -74,6 +74,20 @@ def test_a_hangup_reloads_what_may_change(
         assert len(server.says("warning limiting connections max=1")) <= int(workers)
 
 
+def test_a_hangup_reloads_rates(server: ServerProcess, config: Path, workers: str) -> None:
+    """A rate holds for connections that are open, and ends as it began."""
+    with ExitStack() as stack:
+        clients = [Client(server, stack) for _ in range(8)]
+        for rate, word in (("service_rate_limit_qps = 1", "ERR limit "), ("", "OK ")):
+            config.write_text(f"workers = {workers}\n{rate}\n")
+            server.send(signal.SIGHUP)
+            server.says("info reloaded ", times=1 if rate else 2)
+            for client in clients:
+                replies = [client.ask("ALLOC orders") for _ in range(3)]
+                assert replies[-1].startswith(word)
+        assert len(server.says("warning limiting requests service=orders")) <= int(workers)
+
+
 def test_a_bad_file_changes_nothing(server: ServerProcess, config: Path) -> None:
     """One line says what is wrong with it, and the server goes on as it was."""
     with ExitStack() as stack:
