@@ -31,6 +31,7 @@ Unique, upward-trending 64-bit IDs over a protocol that you can type.
 """
 _SERVE: Final = """\
 Run a server until SIGTERM or Ctrl-C, which stop it cleanly; a second one stops it at once.
+SIGHUP reads the settings again, SIGUSR1 logs the status.
 
 Every setting can also stand in the TOML file of --config, or in the environment, as IDALLOC_TCP_
 and its name in capitals. A flag overrides the environment, and that the file."""

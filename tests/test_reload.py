@@ -1,6 +1,8 @@
 """Reading the settings again: what takes effect, what does not, and what is said."""
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -90,6 +92,9 @@ async def test_wrong_settings_change_nothing(
     assert said(caplog)[0] == "reloaded"
 
 
-def test_what_is_reloadable_is_a_setting() -> None:
-    """Every name that may be reloaded is one of a setting."""
+def test_what_is_reloadable_is_a_setting_and_is_described() -> None:
+    """Every name that may be reloaded is one of a setting, and the README has it."""
     assert set(RELOADABLE) <= {field.name for field in attrs.fields(Settings)}
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    _, _, section = readme.partition("\nSIGHUP puts into effect ")
+    assert set(re.findall(r"`(\w+)`", section.partition("\n\n")[0])) == set(RELOADABLE)

@@ -135,6 +135,26 @@ def test_a_worker_that_starts_later_has_the_new_settings(is_early: bool, tmp_pat
         assert 1 <= replies.count("OK PONG\n") <= 2
 
 
+def test_a_worker_that_did_not_hear_of_new_settings_is_named(tmp_path: Path) -> None:
+    """One that hangs is worth a warning; when it goes on it has them as well."""
+    config = tmp_path / "config.toml"
+    config.write_text("workers = 2\n")
+    flags = ("--config", str(config))
+    with (
+        ServerProcess.start(*flags, data=tmp_path / "ids") as server,
+        ExitStack() as stack,
+    ):
+        hung = server.workers[0]
+        hung.suspend()
+        config.write_text("workers = 2\nmax_connections = 2\n")
+        server.send(signal.SIGHUP)
+        server.says("reloaded changed=max_connections")
+        assert len(server.says("warning a worker may still have the settings of before")) == 1
+        hung.resume()
+        replies = [Client(server, stack).ask("PING") for _ in range(16)]
+        assert 1 <= replies.count("OK PONG\n") <= 2
+
+
 def test_workers_outlive_a_hangup_of_the_whole_group(server: ServerProcess, workers: str) -> None:
     """Somebody who signals every process of the name reloads once and ends nothing."""
     with ExitStack() as stack:
