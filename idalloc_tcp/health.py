@@ -15,6 +15,9 @@ _T = TypeVar("_T")
 #: How long others wait for a probe that is under way: a store that is well answers sooner, also to
 #: a process that has a flood of requests to see to.
 PROBE_SECONDS: Final = 0.5
+#: So many outages a minute are logged one by one; of a store that comes and goes the others are
+#: counted.
+CHANGES_LOGGED: Final = 5
 
 
 @final
@@ -81,7 +84,7 @@ class Health:
 
     def _succeeded(self, changes: int) -> None:
         if not self.is_up and changes == self._changes:
-            log.event(f"{self.name} is back")
+            log.sparingly(log.INFO, f"{self.name} is back", CHANGES_LOGGED)
             self.is_up = True
             self._changes += 1
             self._backoff.reset()
@@ -91,7 +94,8 @@ class Health:
         if changes != self._changes:
             return
         if self.is_up:
-            log.warning(f"{self.name} is down", reason=error)
+            text = f"{self.name} is down"
+            log.sparingly(log.WARNING, text, CHANGES_LOGGED, reason=str(error))
             self.is_up = False
             self._changes += 1
             self._begin_pause(self._backoff.next_seconds())

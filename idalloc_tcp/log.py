@@ -38,12 +38,15 @@ def error(name: str, /, **fields: object) -> None:
     _LOGGER.error(name, extra={"fields": fields})
 
 
-def sparingly(level: int, name: str, /, **fields: object) -> None:
+def sparingly(level: int, name: str, at_once: int = 1, /, **fields: object) -> None:
     """Log something that may happen very often: see `Repeats`. Fields are numbers and texts.
 
     An error is the exception that is being handled: something that must not happen at all.
+
+    Args:
+        at_once: how many of a period are logged when they happen.
     """
-    extra = {"fields": fields, "sparingly": True}
+    extra = {"fields": fields, "at_once": at_once}
     _LOGGER.log(level, name, exc_info=level >= ERROR, extra=extra)
 
 
@@ -61,14 +64,15 @@ def limiting(what: str, /, **fields: object) -> None:
 @final
 @attrs.define
 class _Repeated:
-    """What came after the first event of a name: how many, and what the last one said.
+    """What became of the events of a name, and what the last one said.
 
     Not its record, which may hold on to a traceback and all that is in it.
     """
 
-    level: int
-    fields: Mapping[str, object]
-    count: int = 0
+    level: int = 0
+    fields: Mapping[str, object] = attrs.field(factory=dict)
+    logged: int = 0
+    counted: int = 0
 
 
 @final
@@ -84,15 +88,15 @@ class Repeats:
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Shall it be logged now? (What a handler of the standard library asks.)"""
-        if not getattr(record, "sparingly", False):
+        at_once: int = getattr(record, "at_once", 0)
+        if not at_once:
             return True
-        fields: Mapping[str, object] = getattr(record, "fields", {})
-        repeated = self._repeated.get(record.msg)
-        if repeated is None:
-            self._repeated[record.msg] = _Repeated(record.levelno, fields)
+        repeated = self._repeated.setdefault(record.msg, _Repeated())
+        if repeated.logged < at_once:
+            repeated.logged += 1
             return True
-        repeated.fields = fields
-        repeated.count += 1
+        repeated.level, repeated.fields = record.levelno, getattr(record, "fields", {})
+        repeated.counted += 1
         return False
 
     def sum_up(self) -> None:
@@ -101,11 +105,11 @@ class Repeats:
         What was not repeated is forgotten: the next of its name is a first one again.
         """
         for name, repeated in list(self._repeated.items()):
-            if not repeated.count:
+            if not repeated.counted:
                 del self._repeated[name]
                 continue
-            sums = {"repeated": repeated.count, "within_seconds": PERIOD_SECONDS}
-            repeated.count = 0
+            sums = {"repeated": repeated.counted, "within_seconds": PERIOD_SECONDS}
+            repeated.counted = 0
             _LOGGER.log(repeated.level, name, extra={"fields": {**repeated.fields, **sums}})
 
 

@@ -44,6 +44,20 @@ def test_the_first_of_a_kind_is_logged_at_once_and_the_others_as_a_sum(
     assert lines(capsys) == [f"warning a store is odd number=1000 repeated=1 {PERIOD}"]
 
 
+def test_the_first_few_may_be_logged_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each is news as long as they are few; a flood is still none."""
+    repeats = log.configure("info", "console")
+    for number in range(100):
+        log.sparingly(log.INFO, "it is back", 3, number=number)
+    assert lines(capsys) == [f"info it is back number={number}" for number in range(3)]
+    for _ in range(2):
+        repeats.sum_up()
+    assert lines(capsys) == [f"info it is back number=99 repeated=97 {PERIOD}"]
+    for _ in range(3):
+        log.sparingly(log.INFO, "it is back", 3)
+    assert lines(capsys) == ["info it is back"] * 3
+
+
 def test_what_was_not_repeated_for_a_period_is_news_again(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

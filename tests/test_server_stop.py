@@ -103,8 +103,11 @@ async def test_a_stop_gives_the_tails_back_so_that_a_restart_leaves_no_gap(addre
         assert running.metrics.gap_ids_total.total() == 0
 
 
-async def test_a_stop_is_bounded_while_the_ledger_hangs() -> None:
-    """A request that waits for a hung ledger, and its fetch, are given up within their bounds."""
+async def test_a_stop_is_bounded_while_the_ledger_hangs(caplog: pytest.LogCaptureFixture) -> None:
+    """A request that waits for a hung ledger, and its fetch, are given up within their bounds.
+
+    So are the IDs that should go back to it, and the log says so.
+    """
     ledger = FakeLedger()
     limits = ServerLimits(drain_seconds=0.2)
     policy = AllocatorPolicy(wait_seconds=HUNG_SECONDS, stop_seconds=0.2)
@@ -119,6 +122,7 @@ async def test_a_stop_is_bounded_while_the_ledger_hangs() -> None:
         await until(lambda: running.metrics.waits_total == 2)
         assert await running.stop() < 0.2 + 2 * 0.2 + SLACK_SECONDS
         assert await waiting.hear_all() == await idle.hear_all() == b""
+    assert "not all IDs could be given back in time" in caplog.messages
 
 
 async def test_whoever_is_accepted_during_a_stop_is_drained_too() -> None:
