@@ -16,7 +16,7 @@ import trio
 import trio_asyncio
 
 from idalloc_tcp import log
-from idalloc_tcp.errors import Unavailable
+from idalloc_tcp.errors import Crowded, Unavailable
 
 _T = TypeVar("_T")
 
@@ -43,6 +43,23 @@ async def asyncio_loop() -> AsyncIterator[None]:
 def _log_exception(_loop: object, context: dict[str, Any]) -> None:
     reason = str(context.get("exception") or context["message"])
     log.sparingly(log.WARNING, "a driver's task failed", reason=reason)
+
+
+@asynccontextmanager
+async def turn(slots: trio.CapacityLimiter, within_seconds: float) -> AsyncIterator[None]:
+    """One of so many slots, for as long as the `async with` lasts.
+
+    Raises:
+        Crowded: none became free in time.
+    """
+    with trio.move_on_after(within_seconds) as patience:
+        await slots.acquire()
+    if patience.cancelled_caught:
+        raise Crowded("all connections are busy")
+    try:
+        yield
+    finally:
+        slots.release()
 
 
 async def run_unit(unit: Callable[..., Awaitable[_T]], *arguments: object) -> _T:

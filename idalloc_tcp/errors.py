@@ -101,6 +101,10 @@ class NotOurs(Unavailable):
     """The original idalloc wrote this row: it may be behind, so nothing is leased from it."""
 
 
+class Crowded(Unavailable):
+    """Too many requests of ours are under way to a store: this one was not sent."""
+
+
 class Exhausted(ServerFault):
     """The service's ceiling would be passed. Certain: nothing was taken.
 

@@ -8,7 +8,7 @@ import trio
 
 from idalloc_tcp import log
 from idalloc_tcp.backoff import Backoff
-from idalloc_tcp.errors import Exhausted, NotOurs, Unavailable
+from idalloc_tcp.errors import Crowded, Exhausted, NotOurs, Unavailable
 
 _T = TypeVar("_T")
 
@@ -55,6 +55,10 @@ class Health:
             result = await request()
         except (NotOurs, Exhausted):
             self._succeeded(changes)
+            raise
+        except Crowded as error:  # It was not asked, so nothing is known.
+            text = f"too many requests wait for {self.name}"
+            log.sparingly(log.WARNING, text, reason=str(error))
             raise
         except Unavailable as error:
             self._failed(error, changes)

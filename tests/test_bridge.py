@@ -7,8 +7,8 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from idalloc_tcp.bridge import UNIT_SECONDS, asyncio_loop, run_unit
-from idalloc_tcp.errors import Unavailable
+from idalloc_tcp.bridge import UNIT_SECONDS, asyncio_loop, run_unit, turn
+from idalloc_tcp.errors import Crowded, Unavailable
 
 
 async def test_unit_gets_arguments_and_returns(autojump_clock: MockClock) -> None:
@@ -122,3 +122,23 @@ async def test_task_that_dies_unobserved_is_logged(caplog: pytest.LogCaptureFixt
     [record] = caplog.records
     assert record.getMessage() == "a driver's task failed"
     assert str(record.__dict__["fields"]["reason"]) == "connection lost"
+
+
+async def test_who_waits_too_long_for_a_turn_is_told(autojump_clock: MockClock) -> None:
+    """Only so many go at once; others wait their time, and a slot is always given back."""
+    slots = trio.CapacityLimiter(2)
+    done: list[int] = []
+
+    async def go(number: int) -> None:
+        try:
+            async with turn(slots, within_seconds=1.5):
+                await trio.sleep(1)
+                done.append(number)
+        except Crowded:
+            done.append(-number)
+
+    async with trio.open_nursery() as nursery:
+        for number in range(1, 7):
+            nursery.start_soon(go, number)
+    assert sum(number > 0 for number in done) == 4
+    assert slots.borrowed_tokens == 0

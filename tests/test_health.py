@@ -8,7 +8,7 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from idalloc_tcp.backoff import FIRST_SECONDS, LONGEST_SECONDS
-from idalloc_tcp.errors import Exhausted, NotOurs, Unavailable
+from idalloc_tcp.errors import Crowded, Exhausted, NotOurs, Unavailable
 from idalloc_tcp.health import PROBE_SECONDS, Health
 
 
@@ -173,3 +173,13 @@ async def test_requests_that_were_under_way_change_nothing(
         await health.ask(answering)
     assert health.failures_total == 3
     assert caplog.messages == ["the store is down", "the store is back"]
+
+
+async def test_a_crowd_of_our_own_is_no_outage(caplog: pytest.LogCaptureFixture) -> None:
+    """A request that was not even sent says nothing of the store: others still ask it."""
+    health = Health("the store")
+    with pytest.raises(Unavailable):
+        await health.ask(failing(Crowded("all connections are busy")))
+    assert (health.is_up, health.failures_total) == (True, 0)
+    assert caplog.messages == ["too many requests wait for the store"]
+    assert await health.ask(answering) == 7

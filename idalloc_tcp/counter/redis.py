@@ -21,15 +21,15 @@ from redis.backoff import NoBackoff
 from redis.commands.core import AsyncScript
 from redis.exceptions import NoPermissionError, RedisError
 
-from idalloc_tcp.bridge import run_unit
+from idalloc_tcp.bridge import run_unit, turn
 from idalloc_tcp.counter import Cut, Reason, Refusal, State
 from idalloc_tcp.errors import Unavailable
 from idalloc_tcp.ledger import Tail
 from idalloc_tcp.pool import MAX_ID, Segment
 
-#: Commands at once; further ones wait, for POOL_TIMEOUT_SECONDS at most.
+#: Commands at once; further ones wait, for SLOT_SECONDS at most.
 CONNECTIONS_MAX: Final = 8
-POOL_TIMEOUT_SECONDS: Final = 0.5
+SLOT_SECONDS: Final = 0.5
 CONNECT_TIMEOUT_SECONDS: Final = 0.5
 REPLY_TIMEOUT_SECONDS: Final = 1.0
 
@@ -39,7 +39,7 @@ DRIVER_ERRORS: Final = (RedisError, OSError, RuntimeError, ValueError, Attribute
 
 _OPTIONS: Final[dict[str, Any]] = {
     "max_connections": CONNECTIONS_MAX,
-    "timeout": POOL_TIMEOUT_SECONDS,
+    "timeout": SLOT_SECONDS,
     "socket_connect_timeout": CONNECT_TIMEOUT_SECONDS,
     "socket_timeout": REPLY_TIMEOUT_SECONDS,
     "retry": Retry(NoBackoff(), 0),
@@ -85,6 +85,9 @@ class RedisCounter:
     _client: Redis
     _key_prefix: str
     _scripts: dict[str, AsyncScript] = attrs.field(init=False)
+    _slots: trio.CapacityLimiter = attrs.field(
+        init=False, factory=lambda: trio.CapacityLimiter(CONNECTIONS_MAX)
+    )
 
     def __attrs_post_init__(self) -> None:
         here = files("idalloc_tcp.counter")
@@ -138,7 +141,10 @@ class RedisCounter:
             await run_unit(self._client.aclose)
 
     async def _run(self, name: str, service: str, *arguments: int | str) -> Any:
-        return await run_unit(self._unit, name, f"{self._key_prefix}{_KEY}{service}", arguments)
+        key = f"{self._key_prefix}{_KEY}{service}"
+        # Not in the driver's queue: there it would look as if Redis did not answer.
+        async with turn(self._slots, SLOT_SECONDS):
+            return await run_unit(self._unit, name, key, arguments)
 
     async def _unit(self, name: str, key: str, arguments: tuple[int | str, ...]) -> Any:
         """On asyncio's side: one script."""

@@ -20,7 +20,7 @@ import attrs
 import trio
 from asyncmy.errors import MySQLError
 
-from idalloc_tcp.bridge import run_unit
+from idalloc_tcp.bridge import run_unit, turn
 from idalloc_tcp.errors import Exhausted, NotOurs, Unavailable
 from idalloc_tcp.ledger import CLOSED, Row, Tail
 from idalloc_tcp.ledger.mysql_url import MysqlUrl
@@ -220,15 +220,8 @@ class MysqlLedger:
             await run_unit(_close_all, connections)
 
     async def _run(self, work: _Work[_T]) -> _T:
-        try:
-            with trio.fail_after(SLOT_SECONDS):
-                await self._slots.acquire()
-        except trio.TooSlowError:
-            raise Unavailable("MySQL: all connections are busy") from None
-        try:
+        async with turn(self._slots, SLOT_SECONDS):
             return await run_unit(self._unit, work)
-        finally:
-            self._slots.release()
 
     async def _unit(self, work: _Work[_T]) -> _T:
         """On asyncio's side: a connection, the work, and the connection back or closed."""

@@ -19,6 +19,7 @@ from tests.real.serving import (
     down,
     eventually,
     is_well,
+    serves,
     start_server,
 )
 
@@ -33,11 +34,11 @@ def events(server: ServerProcess) -> Counter[str]:
     return Counter(names[names.index("serving") + 1 :])
 
 
-def visit(client: LineClient) -> None:
-    """Take an ID of each of many services."""
+def visit(client: LineClient, count: int = 1) -> None:
+    """Take IDs of each of many services."""
     for number in range(SERVICES):
         with suppress(Refused):
-            client.alloc(service=f"service-{number}")
+            client.alloc(count, service=f"service-{number}")
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -64,6 +65,27 @@ def test_a_redis_that_is_killed_under_load_is_a_line_and_so_is_its_return(
     assert all(times <= 2 * workers for times in seats.values())
     rest = set(seen) - seats.keys()
     assert rest <= {"stopping", "draining", "stopped", "IDs could not be given back"}
+
+
+def test_a_redis_that_is_killed_under_many_services_is_a_line_and_so_is_its_return(
+    mariadb_database: MariaDbDatabase, redis_server: RedisServer
+) -> None:
+    """When it is back all services want something of it: that this is a crowd is no outage."""
+    with start_server(mariadb_database, redis_server, *SMALL) as server:
+        with LineClient.connect(server) as client:
+            visit(client, 60)
+            with down(redis_server):
+                for _ in range(2):
+                    visit(client, 60)
+            eventually(lambda: serves(client) and is_well(client), RECOVERY_SECONDS)
+            for _ in range(4):
+                visit(client, 60)
+        assert server.terminate() == 0
+        seen = events(server)
+    assert (seen["the counter is down"], seen["the counter is back"]) == (1, 1)
+    assert seen["a counter was seated anew: it was missing"] <= 2
+    assert seen["too many requests wait for the counter"] <= 2
+    assert seen.total() <= 2 + 4 * 2 + len(["stopping", "draining", "stopped"])
 
 
 def test_a_redis_that_was_flushed_under_many_services_is_a_line_and_a_sum(
