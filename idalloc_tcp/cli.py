@@ -12,7 +12,7 @@ import trio
 from idalloc_tcp import __version__, config
 from idalloc_tcp.address import Address, parse_address
 from idalloc_tcp.client import Client
-from idalloc_tcp.errors import IdallocError, SettingsError
+from idalloc_tcp.errors import IdallocError, SettingsError, StartRefused
 
 #: Exit statuses: it failed, and the message says why; the command or a setting is wrong;
 #: ended by a second signal before the stop was over.
@@ -39,6 +39,9 @@ Print every setting as it would be in effect, and where its value came from. The
 file for --config."""
 _INIT_DB: Final = """\
 Make the table tbl_alloc_info in the database of --mysql, if it is missing."""
+_DOCTOR: Final = """\
+Would `serve` with these settings serve, and safely? Looks at addresses, files and stores, changes
+nothing and takes no ID. A line for each check says what to do; exit status 1 if one failed."""
 _ALLOC: Final = """\
 Take COUNT contiguous IDs of SERVICE and print `<first> <count>`: the IDs first, first+1, ...
 are yours. Retrying after a failure is always safe; it costs at most a gap."""
@@ -96,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         ("serve", _serve, "run a server", _SERVE),
         ("config", _config, "show the settings", _CONFIG),
         ("init-db", _init_db, "make the table in a MySQL database", _INIT_DB),
+        ("doctor", _doctor, "check settings and stores", _DOCTOR),
     ):
         command = commands.add_parser(
             name,
@@ -154,6 +158,16 @@ def _init_db(options: argparse.Namespace) -> None:
 
     trio.run(composition.init_db, _load(options).settings)
     print("the table tbl_alloc_info is there")
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from idalloc_tcp import doctor  # noqa: PLC0415
+
+    tally = doctor.Tally()
+    trio.run(doctor.examine, _load(options), tally.report)
+    if tally.has_failed:
+        raise StartRefused(tally.summary())
+    print(tally.summary())
 
 
 def _alloc(options: argparse.Namespace) -> None:

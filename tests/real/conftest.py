@@ -47,6 +47,13 @@ def shared_mariadb_server() -> Iterator[MariaDbServer]:
         yield server
 
 
+@pytest.fixture(scope="session")
+def mariadb_server_with_grants() -> Iterator[MariaDbServer]:
+    """A MariaDB that checks privileges, for all tests: neither kill nor pause it."""
+    with _installed(), MariaDbServer(grants=True) as server:
+        yield server
+
+
 @pytest.fixture
 def mariadb_database(shared_mariadb_server: MariaDbServer) -> Iterator[MariaDbDatabase]:
     """An empty database of the test's own, on a server that all tests share."""
