@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import pytest
 
+from idalloc_tcp.errors import BY_CODE
 from tests.real.process import MissingServer, find_program
 
 OPS: Final = Path(__file__).parent.parent / "ops"
@@ -129,6 +130,12 @@ def test_every_alert_says_how_bad_it_is_and_what_to_do() -> None:
         for part in ("expr:", "for:", "severity:", "summary:", "description:"):
             assert part in alert, f"{alert.splitlines()[0]} has no {part}"
         assert re.search(r"severity: (critical|warning)\n", alert)
+
+
+def test_every_code_belongs_to_an_alert() -> None:
+    """No kind of error goes unseen, and none is alerted on that there is not."""
+    codes = "|".join(re.findall(r'code=~"([^"]*)"', ALERTS.read_text())).split("|")
+    assert sorted(codes) == sorted(BY_CODE)
 
 
 def test_every_alert_is_tried() -> None:

@@ -1,9 +1,9 @@
 -- probe(hash): try what the counter's scripts do, in ways that change nothing: the amount is not a
 -- number, and a value lacks its field. Permissions, the role and room are checked before that.
--- Answers the error of each attempt, '' for none.
-local function attempt(...)
-  local answer = redis.pcall(...)
-  return type(answer) == 'table' and answer.err or ''
+-- Answers for each attempt its command and its error, '' for none.
+local function attempt(command, ...)
+  local answer = redis.pcall(command, ...)
+  return type(answer) == 'table' and answer.err and command .. ': ' .. answer.err or ''
 end
 
 local key = KEYS[1]

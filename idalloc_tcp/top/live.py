@@ -31,14 +31,21 @@ async def run(source: Source, title: str, interval_seconds: float) -> None:
         IdallocError: the first sample could not be had.
     """
     console = Console()
-    first = await source.sample()
-    if console.is_terminal and not console.is_dumb_terminal and sys.stdin.isatty():
-        await _watch(console, source, first, title, interval_seconds)
-        return
+    try:
+        first = await source.sample()
+        if console.is_terminal and not console.is_dumb_terminal and sys.stdin.isatty():
+            await _watch(console, source, first, title, interval_seconds)
+        else:
+            await trio.sleep(interval_seconds)
+            _print_once(console, Pace(first, await source.sample()), title)
+    finally:
+        await source.aclose()
+
+
+def _print_once(console: Console, pace: Pace, title: str) -> None:
     if not console.is_terminal:
         console.width = LINE_CHARS  # Else it would cut lines where no terminal ends them.
-    await trio.sleep(interval_seconds)
-    console.print(screen(Pace(first, await source.sample()), title))
+    console.print(screen(pace, title))
 
 
 async def _watch(

@@ -30,6 +30,10 @@ class Source(Protocol):
         """How things are now."""
         ...
 
+    async def aclose(self) -> None:
+        """Let go of connections."""
+        ...
+
 
 @final
 @attrs.define(eq=False)
@@ -56,7 +60,7 @@ class ServerSource:
         return Sample(time.monotonic(), rows, services)
 
     async def aclose(self) -> None:
-        """Close the connection, if there is one."""
+        """As `Source.aclose`."""
         if self._client is not None:
             await self._client.aclose()
 
@@ -98,7 +102,7 @@ class AdminSource:
             raise self._foreign() from error
 
     async def aclose(self) -> None:
-        """Nothing stays open."""
+        """As `Source.aclose`: nothing stays open."""
 
     def _fetch(self) -> Any:
         """In a thread."""

@@ -160,7 +160,8 @@ async def test_a_redis_as_it_should_be(redis_server: RedisServer) -> None:
     [
         ("~idalloc:* +@scripting +@hash +@connection", "Redis", "+info"),
         ("~idalloc:* +@all -@scripting", "Redis scripts", "+@scripting"),
-        ("~idalloc:* +@all -hincrby", "Redis scripts", "+@hash"),
+        ("~idalloc:* +@all -hincrby", "Redis scripts", "(HINCRBY: "),
+        ("~idalloc:* +@all -hset", "Redis scripts", "+@hash"),
         ("~other:* +@all", "Redis scripts", "~idalloc:*"),
     ],
 )
