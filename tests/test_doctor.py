@@ -14,6 +14,7 @@ import pytest
 import trio
 
 from idalloc_tcp.address import UnixAddress, parse_address
+from idalloc_tcp.composition import SPARE_FILES
 from idalloc_tcp.config import load
 from idalloc_tcp.doctor import Tally, data_file, examine
 from idalloc_tcp.doctor.data_file import examine_data_file
@@ -222,10 +223,11 @@ async def test_a_socket_that_a_dead_server_left_is_free(tmp_path: Path) -> None:
 async def test_the_limit_of_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """Below what the connections need, the server would allow fewer: a warning says how many."""
     monkeypatch.setattr(resource, "getrlimit", lambda _which: (100, 1000))
-    assert await open_files(968) == ok("968 connections fit the limit")
-    verdict, text = await open_files(969)
+    fitting = 1000 - SPARE_FILES
+    assert await open_files(fitting) == ok(f"{fitting} connections fit the limit")
+    verdict, text = await open_files(fitting + 1)
     assert verdict is Verdict.WARN
-    assert "1000 allows 968 connections" in text
+    assert f"1000 allows {fitting} connections" in text
     assert "raise it to 1001" in text
 
 

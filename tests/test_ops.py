@@ -55,14 +55,9 @@ EXPOSED: Final[dict[str, set[str]]] = {
     "idalloc_lease_headroom_ids": {"service"},
     "idalloc_ceiling_left_ids": {"service"},
     "idalloc_service_trouble": {"service", "code"},
-    **{
-        f"{histogram}_{part}": labels | ({"le"} if part == "bucket" else set())
-        for histogram, labels in (
-            ("idalloc_refill_seconds", {"source"}),
-            ("idalloc_request_latency_seconds", set[str]()),
-        )
-        for part in ("bucket", "sum", "count")
-    },
+    "idalloc_refill_seconds_bucket": {"source", "le"},
+    "idalloc_refill_seconds_sum": {"source"},
+    "idalloc_refill_seconds_count": {"source"},
 }
 #: What Prometheus itself puts to them.
 TARGET_LABELS: Final = {"job", "instance"}
