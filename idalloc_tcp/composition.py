@@ -4,12 +4,13 @@ import resource
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 import attrs
 import trio
 
 from idalloc_tcp import __version__, log
+from idalloc_tcp.admin.inspection import Inspection, Inspector
 from idalloc_tcp.allocator import Allocator, AllocatorPolicy
 from idalloc_tcp.config import Settings
 from idalloc_tcp.connection import ConnectionLimits, Gather
@@ -17,8 +18,13 @@ from idalloc_tcp.errors import Busy
 from idalloc_tcp.fallback import random_range
 from idalloc_tcp.lanes import HAS_EPOLL, Sweep
 from idalloc_tcp.limits import RateLimiter, RateLimits
-from idalloc_tcp.link import Link, Query
-from idalloc_tcp.listeners import Listener, open_listeners, open_shared_listeners
+from idalloc_tcp.link import Link, Message, Query
+from idalloc_tcp.listeners import (
+    Listener,
+    close_listeners,
+    open_listeners,
+    open_shared_listeners,
+)
 from idalloc_tcp.metrics import Metrics, Row
 from idalloc_tcp.pool import MAX_ID
 from idalloc_tcp.server import Server, ServerLimits, stop_on_signals
@@ -28,8 +34,19 @@ from idalloc_tcp.snapshot import Snapshot
 from idalloc_tcp.stores import Stores, mysql_url, open_stores
 from idalloc_tcp.workers import GATHER_SECONDS, Ready, Workers, ready_message
 
-#: Files open beside the connections: listeners, the ledger, Trio's own.
-SPARE_FILES: Final = 32
+if TYPE_CHECKING:  # At run time only where it is asked for.
+    from idalloc_tcp.admin.pages import Watched
+
+#: Files open beside the connections: listeners, the ledger, admin connections, Trio's own.
+SPARE_FILES: Final = 64
+
+
+class Announce(Protocol):
+    """Is told that everything serves, what the stores are, and more to say of it."""
+
+    async def __call__(self, described: Mapping[str, str], /, **fields: object) -> None:
+        """Say so."""
+        ...
 
 
 def serve(settings: Settings) -> None:
@@ -40,25 +57,41 @@ def serve(settings: Settings) -> None:
         KeyboardInterrupt: a second signal came before the stop was over. In an ExceptionGroup.
     """
     log.configure(settings.log_level, settings.log_format)
-    trio.run(_serve_alone if settings.worker_count == 1 else _serve_together, settings)
+    trio.run(_serve_opened, settings)
+    log.event("stopped")
 
 
-async def _serve_alone(settings: Settings) -> None:
+async def _serve_opened(settings: Settings) -> None:
     # Before the stores: an address that is taken is noticed before a data file is made.
-    listeners = await open_listeners(settings.addresses())
-    await _serve(settings, listeners, partial(_announce, listeners))
-    log.event("stopped")
+    shares = await open_shared_listeners(settings.addresses(), settings.worker_count)
+    try:
+        admin = await open_listeners(settings.admin_addresses())
+    except BaseException:
+        close_listeners({listener for share in shares for listener in share})
+        raise
+    announce = partial(_announce, shares[0], admin)
+    if settings.worker_count == 1:
+        await _serve(settings, shares[0], announce, admin=admin)
+    else:
+        await _serve_together(settings, shares, announce, admin)
 
 
-async def _serve_together(settings: Settings) -> None:
-    count = settings.worker_count
-    shares = await open_shared_listeners(settings.addresses(), count)
+async def _serve_together(
+    settings: Settings,
+    shares: Sequence[Sequence[Listener]],
+    ready: Announce,
+    admin: Sequence[Listener],
+) -> None:
+    count = len(shares)
     workers = Workers(_share_of(settings, count), shares)
-    async with trio.open_nursery() as signals:
-        await signals.start(stop_on_signals, workers)
-        await workers.run(partial(_announce, shares[0], workers=count))
-        signals.cancel_scope.cancel()
-    log.event("stopped")
+    async with trio.open_nursery() as beside:
+        await beside.start(stop_on_signals, workers)
+        if admin:
+            from idalloc_tcp.admin.watched import WatchedWorkers  # noqa: PLC0415
+
+            await beside.start(_serve_admin, settings, admin, WatchedWorkers(workers))
+        await workers.run(partial(ready, workers=count))
+        beside.cancel_scope.cancel()
 
 
 def _share_of(settings: Settings, workers: int) -> Settings:
@@ -96,18 +129,41 @@ async def serve_linked(
     async def ready(described: Mapping[str, str]) -> None:
         await link.send(ready_message(described))
 
-    await _serve(settings, listeners, ready, link)
+    await _serve(settings, listeners, ready, link=link)
 
 
 async def _announce(
-    listeners: Sequence[Listener], described: Mapping[str, str], **fields: object
+    listeners: Sequence[Listener],
+    admin: Sequence[Listener],
+    described: Mapping[str, str],
+    **fields: object,
 ) -> None:
+    if admin:
+        fields["admin"] = [listener.address for listener in admin]
     listen = [listener.address for listener in listeners]
     log.event("serving", listen=listen, **described, **fields, version=__version__)
 
 
+async def _serve_admin(
+    settings: Settings,
+    listeners: Sequence[Listener],
+    watched: "Watched",
+    *,
+    task_status: trio.TaskStatus[None],
+) -> None:
+    from idalloc_tcp.admin.listening import serve  # noqa: PLC0415
+    from idalloc_tcp.admin.pages import Pages  # noqa: PLC0415
+
+    await serve(listeners, Pages(watched, settings.debug), task_status=task_status)
+
+
 async def _serve(
-    settings: Settings, listeners: Sequence[Listener], ready: Ready, link: Link | None = None
+    settings: Settings,
+    listeners: Sequence[Listener],
+    ready: Ready,
+    *,
+    link: Link | None = None,
+    admin: Sequence[Listener] = (),
 ) -> None:
     """Run the server of this process until it is told to stop, or its parent is gone."""
     max_connections = _raise_file_limit(settings.max_connections)
@@ -120,6 +176,10 @@ async def _serve(
         server = _server(settings, stores, metrics, gather)
         async with trio.open_nursery() as beside:
             await beside.start(stop_on_signals, server)
+            if admin:
+                from idalloc_tcp.admin.watched import WatchedServer  # noqa: PLC0415
+
+                await beside.start(_serve_admin, settings, admin, WatchedServer(server))
             await ready(stores.described)
             if link is not None:
                 beside.start_soon(_answer, link, server)
@@ -140,7 +200,12 @@ async def _answer(link: Link, server: Server) -> None:
             return server.snapshot(query.service)
         return server.snapshot_all(query.services_max)
 
-    await link.run(answer)
+    inspector = Inspector()
+
+    async def inspect(wanted: Message) -> Message:
+        return attrs.asdict(await inspector.inspect(Inspection(**wanted)))
+
+    await link.run(answer, inspect)
     log.warning("the parent process is gone")
     server.stop()
 

@@ -42,6 +42,10 @@ STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 ECHO_SECONDS: Final = 0.25
 
 
+def _no_rows(_service: str | None) -> Iterable[Row]:
+    return ()
+
+
 @final
 @attrs.frozen
 class ServerLimits:
@@ -60,7 +64,7 @@ class Server:
     """Serves an allocator's IDs on any number of listeners.
 
     Args:
-        store_rows: what STATS says of the stores.
+        store_rows: what STATS says of the stores, or of one service in them.
         fallback: what stands in for IDs that are unavailable.
         sweep: the fast lane; without one every connection is on its own.
         limiter: how fast IDs may go; without one as fast as they can.
@@ -70,7 +74,7 @@ class Server:
     _allocator: Allocator
     _limits: ServerLimits
     _metrics: Metrics
-    _store_rows: Callable[[], Iterable[Row]] = tuple
+    _store_rows: Callable[[str | None], Iterable[Row]] = _no_rows
     _fallback: Fallback = no_fallback
     _sweep: Sweep | None = None
     _limiter: RateLimiter | None = None
@@ -179,11 +183,12 @@ class Server:
         """What STATS answers of this process."""
         if service is not None:
             yield from self._allocator.service_rows(service)
+            yield from self._store_rows(service)
             return
         yield "version", __version__
         yield "uptime_seconds", round(time.monotonic() - self._started_at)
         yield "draining", int(self._stopping.is_set())
-        yield from self._store_rows()
+        yield from self._store_rows(None)
         yield from self._allocator.rows()
         yield from self._metrics.rows()
 

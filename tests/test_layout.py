@@ -18,7 +18,7 @@ ORDER: Final = (
     *("limits", "express", "snapshot", "pool", "sizing", "recent", "underway", "backoff", "health"),
     *("bridge", "ledger", "counter", "reservation", "sync", "fallback", "service", "allocator"),
     *("stores", "lanes", "connection", "listeners", "server", "client", "link", "workers"),
-    *("composition", "worker", "cli", "__main__"),
+    *("admin", "composition", "worker", "cli", "__main__"),
 )
 #: What talks and what allocates know nothing of each other; `server` puts them together.
 TALKING: Final = frozenset({"protocol", "session", "express"})
