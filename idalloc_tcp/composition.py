@@ -4,7 +4,7 @@ import resource
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import Final
 
 import attrs
 import trio
@@ -34,19 +34,8 @@ from idalloc_tcp.snapshot import Snapshot
 from idalloc_tcp.stores import Stores, mysql_url, open_stores
 from idalloc_tcp.workers import GATHER_SECONDS, Ready, Workers, ready_message
 
-if TYPE_CHECKING:  # At run time only where it is asked for.
-    from idalloc_tcp.admin.pages import Watched
-
 #: Files open beside the connections: listeners, the ledger, admin connections, Trio's own.
 SPARE_FILES: Final = 64
-
-
-class Announce(Protocol):
-    """Is told that everything serves, what the stores are, and more to say of it."""
-
-    async def __call__(self, described: Mapping[str, str], /, **fields: object) -> None:
-        """Say so."""
-        ...
 
 
 def serve(settings: Settings) -> None:
@@ -69,28 +58,24 @@ async def _serve_opened(settings: Settings) -> None:
     except BaseException:
         close_listeners({listener for share in shares for listener in share})
         raise
-    announce = partial(_announce, shares[0], admin)
-    if settings.worker_count == 1:
-        await _serve(settings, shares[0], announce, admin=admin)
+    ready = partial(_announce, shares, admin)
+    if len(shares) == 1:
+        await _serve(settings, shares[0], ready, admin=admin)
     else:
-        await _serve_together(settings, shares, announce, admin)
+        await _serve_together(settings, shares, ready, admin)
 
 
 async def _serve_together(
     settings: Settings,
     shares: Sequence[Sequence[Listener]],
-    ready: Announce,
+    ready: Ready,
     admin: Sequence[Listener],
 ) -> None:
-    count = len(shares)
-    workers = Workers(_share_of(settings, count), shares)
+    workers = Workers(_share_of(settings, len(shares)), shares)
     async with trio.open_nursery() as beside:
         await beside.start(stop_on_signals, workers)
-        if admin:
-            from idalloc_tcp.admin.watched import WatchedWorkers  # noqa: PLC0415
-
-            await beside.start(_serve_admin, settings, admin, WatchedWorkers(workers))
-        await workers.run(partial(ready, workers=count))
+        await beside.start(_serve_admin, settings, admin, workers)
+        await workers.run(ready)
         beside.cancel_scope.cancel()
 
 
@@ -133,27 +118,35 @@ async def serve_linked(
 
 
 async def _announce(
-    listeners: Sequence[Listener],
-    admin: Sequence[Listener],
-    described: Mapping[str, str],
-    **fields: object,
+    shares: Sequence[Sequence[Listener]], admin: Sequence[Listener], described: Mapping[str, str]
 ) -> None:
+    fields: dict[str, object] = {"listen": [listener.address for listener in shares[0]]}
     if admin:
         fields["admin"] = [listener.address for listener in admin]
-    listen = [listener.address for listener in listeners]
-    log.event("serving", listen=listen, **described, **fields, version=__version__)
+    if len(shares) > 1:
+        fields["workers"] = len(shares)
+    log.event("serving", **fields, **described, version=__version__)
 
 
 async def _serve_admin(
     settings: Settings,
     listeners: Sequence[Listener],
-    watched: "Watched",
+    server: Server | Workers,
     *,
     task_status: trio.TaskStatus[None],
 ) -> None:
+    """Show what a server of one process or of several does, if anywhere."""
+    if not listeners:
+        task_status.started()
+        return
     from idalloc_tcp.admin.listening import serve  # noqa: PLC0415
-    from idalloc_tcp.admin.pages import Pages  # noqa: PLC0415
+    from idalloc_tcp.admin.pages import Pages, Watched  # noqa: PLC0415
+    from idalloc_tcp.admin.watched import WatchedServer, WatchedWorkers  # noqa: PLC0415
 
+    if isinstance(server, Server):
+        watched: Watched = WatchedServer(server)
+    else:
+        watched = WatchedWorkers(server)
     await serve(listeners, Pages(watched, settings.debug), task_status=task_status)
 
 
@@ -176,10 +169,7 @@ async def _serve(
         server = _server(settings, stores, metrics, gather)
         async with trio.open_nursery() as beside:
             await beside.start(stop_on_signals, server)
-            if admin:
-                from idalloc_tcp.admin.watched import WatchedServer  # noqa: PLC0415
-
-                await beside.start(_serve_admin, settings, admin, WatchedServer(server))
+            await beside.start(_serve_admin, settings, admin, server)
             await ready(stores.described)
             if link is not None:
                 beside.start_soon(_answer, link, server)

@@ -89,7 +89,7 @@ class _Desks:
                 client.close()
 
     async def _serve(self, client: trio.socket.SocketType) -> None:
-        stream = _BoundedStream(trio.SocketStream(client))
+        stream = BoundedStream(trio.SocketStream(client))
         context, state = WorkerContext(max_requests=None), ConnectionState({})
         app: Any = ASGIWrapper(self._app)
         self._clients.add(client)
@@ -106,18 +106,19 @@ class _Desks:
 
 @final
 @attrs.define(eq=False)
-class _BoundedStream:
+class BoundedStream:
     """A connection on which neither side can take for ever, or say too much.
 
     Hypercorn shields what it sends from being cancelled. Here that has a deadline.
     """
 
-    _stream: trio.SocketStream
+    _stream: trio.abc.HalfCloseableStream
     _received_bytes: int = 0
 
     @property
     def socket(self) -> Any:
         """Where hypercorn looks for the names of both ends."""
+        assert isinstance(self._stream, trio.SocketStream)
         return self._stream.socket
 
     async def receive_some(self, max_bytes: int) -> bytes:
