@@ -188,7 +188,7 @@ async def _answer(link: Link, server: Server) -> None:
     async def answer(query: Query) -> Snapshot:
         if query.service is not None:
             return server.snapshot(query.service)
-        return server.snapshot_all(query.services_max)
+        return await server.snapshot_all(query.services_max)
 
     inspector = Inspector()
 

@@ -200,9 +200,9 @@ class Server:
         rows = dict(self.rows(service))
         return Snapshot(rows) if service is None else Snapshot({}, {service: rows})
 
-    def snapshot_all(self, services_max: int) -> Snapshot:
+    async def snapshot_all(self, services_max: int) -> Snapshot:
         """What this process measured, and the services that gave out most IDs, most first."""
-        names = self._allocator.busiest(services_max)
+        names = await self._allocator.busiest(services_max)
         return Snapshot(dict(self.rows()), {name: dict(self.rows(name)) for name in names})
 
     def _drain(self, scope: trio.CancelScope) -> None:

@@ -59,7 +59,7 @@ async def test_every_row_of_the_server_is_exposed() -> None:
         running.metrics.seats_total["stale"] += 1
         running.metrics.refilled("ledger", 0.001)
         assert await peer.ask(b"ALLOC orders 7\n") == b"OK 1 7\n"
-        snapshot = running.server.snapshot_all(SERVICES_MAX)
+        snapshot = await running.server.snapshot_all(SERVICES_MAX)
     names = {name for name, _ in expose(snapshot).values}
     for row in snapshot.rows.keys() - TOLD_OTHERWISE:
         family = row.partition(".")[0].removesuffix("_total")

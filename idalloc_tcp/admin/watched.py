@@ -27,7 +27,7 @@ class WatchedServer:
 
     async def gather_all(self, services_max: int) -> Snapshot:
         """As `Watched.gather_all`."""
-        return self._server.snapshot_all(services_max)
+        return await self._server.snapshot_all(services_max)
 
     async def inspect(self, wanted: Inspection, worker: int | None) -> Finding | None:
         """As `Watched.inspect`."""
