@@ -10,7 +10,6 @@ import attrs
 import trio
 
 from idalloc_tcp import __version__, log
-from idalloc_tcp.admin.inspection import Inspection, Inspector
 from idalloc_tcp.allocator import Allocator, AllocatorPolicy
 from idalloc_tcp.config import Settings
 from idalloc_tcp.connection import ConnectionLimits, Gather
@@ -185,6 +184,8 @@ async def _gather(link: Link, service: str | None) -> Iterable[Row]:
 
 
 async def _answer(link: Link, server: Server) -> None:
+    from idalloc_tcp.admin.inspection import Inspection, Inspector  # noqa: PLC0415
+
     async def answer(query: Query) -> Snapshot:
         if query.service is not None:
             return server.snapshot(query.service)
