@@ -14,7 +14,9 @@ import pytest
 import trio
 import trio.testing
 
-from idalloc_tcp.admin.listening import REQUEST_BYTES_MAX, SEND_SECONDS, BoundedStream
+from idalloc_tcp.address import parse_address
+from idalloc_tcp.admin.listening import REQUEST_BYTES_MAX, SEND_SECONDS, BoundedStream, serve
+from idalloc_tcp.listeners import open_listeners
 from tests.admin import ADMIN, ask, samples
 from tests.processes import ServerProcess
 
@@ -119,6 +121,7 @@ def test_what_a_process_is_doing(server: ServerProcess, workers: str) -> None:
     reply = ask(server, f"/debug/profile?seconds=1&worker={0 if workers == '1' else 2}")
     assert (reply.status, reply.headers["content-type"]) == (200, "text/html; charset=utf-8")
     assert "pyinstrument" in reply.text
+    assert "idalloc-tcp, process" in reply.text
 
 
 def test_debugging_is_off_unless_asked_for(tmp_path: Path) -> None:
@@ -234,6 +237,27 @@ async def test_a_reader_that_does_not_read(autojump_clock: trio.abc.Clock) -> No
     with pytest.raises(trio.BrokenResourceError), trio.CancelScope(shield=True):
         await BoundedStream(ours).send_all(b"x")
     assert trio.current_time() - began_at >= SEND_SECONDS
+
+
+async def test_a_page_that_fails(caplog: pytest.LogCaptureFixture) -> None:
+    """It is a status for who asked, and a line in our own log; the next one is answered."""
+
+    async def fail(_scope: object, _receive: object, _send: object) -> None:
+        raise ValueError("a mistake")
+
+    listeners = await open_listeners([parse_address("127.0.0.1:0")])
+    port = listeners[0].socket.getsockname()[1]
+    async with trio.open_nursery() as nursery:
+        await nursery.start(serve, listeners, fail)
+        for _ in range(2):
+            stream = await trio.open_tcp_stream("127.0.0.1", port)
+            async with stream:
+                await stream.send_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+                with trio.fail_after(PATIENCE_SECONDS):
+                    assert (await stream.receive_some()).startswith(b"HTTP/1.1 500 ")
+        nursery.cancel_scope.cancel()
+    assert {record.name for record in caplog.records} == {"idalloc_tcp.admin.listening"}
+    assert "a mistake" in caplog.text
 
 
 async def test_a_client_that_says_too_much() -> None:

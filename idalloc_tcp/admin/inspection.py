@@ -3,6 +3,7 @@
 What comes back is what HTTP answers, as plain data: a worker sends it to its parent.
 """
 
+import os
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any, Final, Literal, TypeAlias, final
@@ -83,7 +84,7 @@ async def _profile(seconds: float) -> Finding:
     interval_seconds = max(SAMPLE_SECONDS_MIN, seconds / SAMPLES_MAX)
     # All tasks of the thread are of interest, not just the one that asks.
     profiler = Profiler(interval=interval_seconds, async_mode="disabled")
-    profiler.start()
+    profiler.start(target_description=f"idalloc-tcp, process {os.getpid()}")
     try:
         await trio.sleep(seconds)
     finally:

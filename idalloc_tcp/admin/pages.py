@@ -165,7 +165,8 @@ class Pages:
         )
         if found is None:
             raise _Refused("worker: there is no such process, or it did not answer")
-        return Answer(found.text, _HTML if found.is_html else _TEXT, found.status)
+        policy = {"content-security-policy": _PAGE_POLICY}  # It would ask others for its fonts.
+        return Answer(found.text, _HTML if found.is_html else _TEXT, found.status, policy)
 
 
 def _query(scope: Scope) -> dict[str, str]:
