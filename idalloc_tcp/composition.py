@@ -17,8 +17,13 @@ from idalloc_tcp.errors import Busy
 from idalloc_tcp.fallback import random_range
 from idalloc_tcp.lanes import HAS_EPOLL
 from idalloc_tcp.limits import RateLimiter, RateLimits
-from idalloc_tcp.link import Link, Query
-from idalloc_tcp.listeners import Listener, open_listeners, open_shared_listeners
+from idalloc_tcp.link import Link, Message, Query
+from idalloc_tcp.listeners import (
+    Listener,
+    close_listeners,
+    open_listeners,
+    open_shared_listeners,
+)
 from idalloc_tcp.metrics import Metrics, Row
 from idalloc_tcp.pool import MAX_ID
 from idalloc_tcp.server import Server, ServerLimits, stop_on_signals
@@ -28,8 +33,8 @@ from idalloc_tcp.snapshot import Snapshot
 from idalloc_tcp.stores import Stores, mysql_url, open_stores
 from idalloc_tcp.workers import GATHER_SECONDS, Ready, Workers, ready_message
 
-#: Files open beside the connections: listeners, the ledger, Trio's own.
-SPARE_FILES: Final = 32
+#: Files open beside the connections: listeners, the ledger, admin connections, Trio's own.
+SPARE_FILES: Final = 64
 
 
 def serve(settings: Settings) -> None:
@@ -40,25 +45,37 @@ def serve(settings: Settings) -> None:
         KeyboardInterrupt: a second signal came before the stop was over. In an ExceptionGroup.
     """
     log.configure(settings.log_level, settings.log_format)
-    trio.run(_serve_alone if settings.worker_count == 1 else _serve_together, settings)
+    trio.run(_serve_opened, settings)
+    log.event("stopped")
 
 
-async def _serve_alone(settings: Settings) -> None:
+async def _serve_opened(settings: Settings) -> None:
     # Before the stores: an address that is taken is noticed before a data file is made.
-    listeners = await open_listeners(settings.addresses())
-    await _serve(settings, listeners, partial(_announce, listeners))
-    log.event("stopped")
+    shares = await open_shared_listeners(settings.addresses(), settings.worker_count)
+    try:
+        admin = await open_listeners(settings.admin_addresses())
+    except BaseException:
+        close_listeners({listener for share in shares for listener in share})
+        raise
+    ready = partial(_announce, shares, admin)
+    if len(shares) == 1:
+        await _serve(settings, shares[0], ready, admin=admin)
+    else:
+        await _serve_together(settings, shares, ready, admin)
 
 
-async def _serve_together(settings: Settings) -> None:
-    count = settings.worker_count
-    shares = await open_shared_listeners(settings.addresses(), count)
-    workers = Workers(_share_of(settings, count), shares)
-    async with trio.open_nursery() as signals:
-        await signals.start(stop_on_signals, workers)
-        await workers.run(partial(_announce, shares[0], workers=count))
-        signals.cancel_scope.cancel()
-    log.event("stopped")
+async def _serve_together(
+    settings: Settings,
+    shares: Sequence[Sequence[Listener]],
+    ready: Ready,
+    admin: Sequence[Listener],
+) -> None:
+    workers = Workers(_share_of(settings, len(shares)), shares)
+    async with trio.open_nursery() as beside:
+        await beside.start(stop_on_signals, workers)
+        await beside.start(_serve_admin, settings, admin, workers)
+        await workers.run(ready)
+        beside.cancel_scope.cancel()
 
 
 def _share_of(settings: Settings, workers: int) -> Settings:
@@ -96,18 +113,49 @@ async def serve_linked(
     async def ready(described: Mapping[str, str]) -> None:
         await link.send(ready_message(described))
 
-    await _serve(settings, listeners, ready, link)
+    await _serve(settings, listeners, ready, link=link)
 
 
 async def _announce(
-    listeners: Sequence[Listener], described: Mapping[str, str], **fields: object
+    shares: Sequence[Sequence[Listener]], admin: Sequence[Listener], described: Mapping[str, str]
 ) -> None:
-    listen = [listener.address for listener in listeners]
-    log.event("serving", listen=listen, **described, **fields, version=__version__)
+    fields: dict[str, object] = {"listen": [listener.address for listener in shares[0]]}
+    if admin:
+        fields["admin"] = [listener.address for listener in admin]
+    if len(shares) > 1:
+        fields["workers"] = len(shares)
+    log.event("serving", **fields, **described, version=__version__)
+
+
+async def _serve_admin(
+    settings: Settings,
+    listeners: Sequence[Listener],
+    server: Server | Workers,
+    *,
+    task_status: trio.TaskStatus[None],
+) -> None:
+    """Show what a server of one process or of several does, if anywhere."""
+    if not listeners:
+        task_status.started()
+        return
+    from idalloc_tcp.admin.listening import serve  # noqa: PLC0415
+    from idalloc_tcp.admin.pages import Pages, Watched  # noqa: PLC0415
+    from idalloc_tcp.admin.watched import WatchedServer, WatchedWorkers  # noqa: PLC0415
+
+    if isinstance(server, Server):
+        watched: Watched = WatchedServer(server)
+    else:
+        watched = WatchedWorkers(server)
+    await serve(listeners, Pages(watched, settings.debug), task_status=task_status)
 
 
 async def _serve(
-    settings: Settings, listeners: Sequence[Listener], ready: Ready, link: Link | None = None
+    settings: Settings,
+    listeners: Sequence[Listener],
+    ready: Ready,
+    *,
+    link: Link | None = None,
+    admin: Sequence[Listener] = (),
 ) -> None:
     """Run the server of this process until it is told to stop, or its parent is gone."""
     max_connections = _raise_file_limit(settings.max_connections)
@@ -120,6 +168,7 @@ async def _serve(
         server = _server(settings, stores, metrics, gather)
         async with trio.open_nursery() as beside:
             await beside.start(stop_on_signals, server)
+            await beside.start(_serve_admin, settings, admin, server)
             await ready(stores.described)
             if link is not None:
                 beside.start_soon(_answer, link, server)
@@ -135,12 +184,19 @@ async def _gather(link: Link, service: str | None) -> Iterable[Row]:
 
 
 async def _answer(link: Link, server: Server) -> None:
+    from idalloc_tcp.admin.inspection import Inspection, Inspector  # noqa: PLC0415
+
     async def answer(query: Query) -> Snapshot:
         if query.service is not None:
             return server.snapshot(query.service)
-        return server.snapshot_all(query.services_max)
+        return await server.snapshot_all(query.services_max)
 
-    await link.run(answer)
+    inspector = Inspector()
+
+    async def inspect(wanted: Message) -> Message:
+        return attrs.asdict(await inspector.inspect(Inspection(**wanted)))
+
+    await link.run(answer, inspect)
     log.warning("the parent process is gone")
     server.stop()
 

@@ -31,6 +31,7 @@ class Health:
     #: How often it was asked while it was down.
     probes_total: int = attrs.field(init=False, default=0)
     failures_total: int = attrs.field(init=False, default=0)
+    answers_total: int = attrs.field(init=False, default=0)
     _backoff: Backoff = attrs.field(init=False, factory=Backoff)
     _pause_seconds: float = attrs.field(init=False, default=0.0)
     _ask_again_at: float = attrs.field(init=False, default=0.0)
@@ -47,15 +48,23 @@ class Health:
         try:
             result = await request()
         except (NotOurs, Exhausted):
-            self._succeeded()
+            self.answered()
             raise
         except Unavailable as error:
             self._failed(error)
             raise
         finally:
             self._probe_ended.set()
-        self._succeeded()
+        self.answered()
         return result
+
+    def answered(self) -> None:
+        """It has just answered."""
+        self.answers_total += 1
+        if not self.is_up:
+            log.event(f"{self.name} is back")
+            self.is_up = True
+            self._backoff.reset()
 
     async def _admit(self) -> None:
         """While it is down, at most one caller in each pause gets through.
@@ -74,12 +83,6 @@ class Health:
             await self._probe_ended.wait()
         if not self.is_up:
             raise Unavailable(f"{self.name} is down")
-
-    def _succeeded(self) -> None:
-        if not self.is_up:
-            log.event(f"{self.name} is back")
-            self.is_up = True
-            self._backoff.reset()
 
     def _failed(self, error: Unavailable) -> None:
         self.failures_total += 1

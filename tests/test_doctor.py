@@ -257,11 +257,11 @@ def doctor(*flags: str) -> subprocess.CompletedProcess[str]:
 def test_the_command_beside_a_running_server(tmp_path: Path) -> None:
     """Its exit status says whether anything failed; no ID is taken, and wrong settings are 2."""
     data = tmp_path / "ids"
-    with ServerProcess.start(data=data) as server:
-        flags = ("--data", str(data), "--listen", server.address)
+    with ServerProcess.start("--admin", "127.0.0.1:0", data=data) as server:
+        flags = ("--data", str(data), "--listen", server.address, "--admin", server.admin)
         well = doctor(*flags)
         assert (well.returncode, well.stderr) == (0, "")
-        assert OURS in well.stdout
+        assert well.stdout.count(OURS) == 2
         assert well.stdout.splitlines()[-1].startswith("0 failed, ")
         server.terminate()
     with closing(sqlite3.connect(data)) as db:

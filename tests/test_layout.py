@@ -28,7 +28,7 @@ ORDER: Final = (
         "allocator",
     ),
     *("stores", "lanes", "connection", "listeners", "server", "client", "link", "workers"),
-    *("composition", "worker", "doctor", "top", "cli", "__main__"),
+    *("admin", "composition", "worker", "doctor", "top", "cli", "__main__"),
 )
 #: What talks and what allocates know nothing of each other; `server` puts them together.
 TALKING: Final = frozenset({"protocol", "session", "express"})

@@ -17,7 +17,7 @@ OPS: Final = Path(__file__).parent.parent / "ops"
 ALERTS: Final = OPS / "alerts.yml"
 PROMTOOL_SECONDS: Final = 60
 
-#: What the server exposes, each with its labels.
+#: What a server exposes, each with its labels; `tests/real/test_exposed.py` asks one.
 EXPOSED: Final[dict[str, set[str]]] = {
     "idalloc_ready": set(),
     "idalloc_build_info": {"version"},

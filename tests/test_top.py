@@ -240,6 +240,24 @@ def test_without_a_terminal_it_prints_one_table(server: ServerProcess) -> None:
     assert done.stdout.replace("\n", "").isprintable()
 
 
+def test_a_servers_own_admin_pages_tell_of_all_services(tmp_path: Path) -> None:
+    """Without naming any."""
+    with ServerProcess.start("--admin", "127.0.0.1:0", data=tmp_path / "ids") as server:
+        with socket.create_connection(server.endpoint) as client:
+            client.sendall(b"ALLOC orders 42\n")
+            assert client.recv(100) == b"OK 1 42\n"
+        done = subprocess.run(
+            command("--admin", f"http://{server.admin}"),
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_SECONDS,
+            check=True,
+        )
+    assert "ledger up" in done.stdout
+    assert "\norders " in done.stdout
+    assert " 42 " in done.stdout
+
+
 def test_what_is_wrong_at_once_ends_it(server: ServerProcess) -> None:
     """Nobody there, a name that is none, a wrong interval, a wrong URL."""
     unused = "127.0.0.1:1"

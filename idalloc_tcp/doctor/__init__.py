@@ -13,7 +13,7 @@ import attrs
 from idalloc_tcp.config import Loaded
 from idalloc_tcp.doctor.data_file import examine_data_file
 from idalloc_tcp.doctor.finding import Finding, Outcome, Report, Verdict, ok, perform
-from idalloc_tcp.doctor.machine import listen, open_files
+from idalloc_tcp.doctor.machine import ADMIN, listen, open_files
 from idalloc_tcp.stores import mysql_url
 
 
@@ -55,6 +55,8 @@ async def examine(loaded: Loaded, report: Report) -> None:
     await perform("settings", found, report)
     for address in settings.addresses():
         await perform("listen", partial(listen, address), report)
+    for address in settings.admin_addresses():
+        await perform("admin", partial(listen, address, ADMIN), report)
     await perform("open files", partial(open_files, settings.max_connections), report)
     if url is None:
         await examine_data_file(settings.data_path().absolute(), report)

@@ -7,18 +7,33 @@ import socket
 import stat
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
+from typing import Final, final
 
+import attrs
 import trio
 
 from idalloc_tcp.address import Address, TcpAddress, UnixAddress
 from idalloc_tcp.composition import SPARE_FILES
 from idalloc_tcp.doctor.finding import Outcome, fail, ok, warn
-from idalloc_tcp.protocol import LINE_BYTES_MAX, Hello, encode
+from idalloc_tcp.protocol import Hello, encode
 
 #: For who listens there to say who it is.
 ANSWER_SECONDS: Final = 1.0
-_OURS: Final = b"OK idalloc/"
+#: What a program that is not ours may say before it is given up.
+ANSWER_BYTES_MAX: Final = 4_096
+
+
+@final
+@attrs.frozen
+class Greeting:
+    """How to tell who listens on an address of a server's: what to say, and what ours answers."""
+
+    request: bytes
+    answer: bytes
+
+
+IDS: Final = Greeting(encode(Hello()), b"OK idalloc/")
+ADMIN: Final = Greeting(b"GET /healthz HTTP/1.0\r\n\r\n", b"alive\n")
 
 
 async def open_files(max_connections: int) -> Outcome:
@@ -34,7 +49,7 @@ async def open_files(max_connections: int) -> Outcome:
     )
 
 
-async def listen(address: Address) -> Outcome:
+async def listen(address: Address, greeting: Greeting = IDS) -> Outcome:
     """Can a server listen there?"""
     try:
         match address:
@@ -48,8 +63,7 @@ async def listen(address: Address) -> Outcome:
         return fail(f"{address}: {error.strerror or error}: choose another address")
     if is_free:
         return ok(f"{address} is free")
-    said = await _greet(address)
-    if said.startswith(_OURS):
+    if await _is_ours(address, greeting):
         return ok(f"{address}: an idalloc-tcp runs there already; stop it before the next starts")
     return fail(f"{address} is in use by another program: stop it, or choose another address")
 
@@ -101,14 +115,18 @@ def _is_free_path(path: Path) -> bool:
     return False
 
 
-async def _greet(address: Address) -> bytes:
-    """What who listens there says to a HELLO; nothing if it says nothing."""
-    with suppress(OSError, trio.BrokenResourceError):
-        with trio.move_on_after(ANSWER_SECONDS):
-            async with await _connect(address) as stream:
-                await stream.send_all(encode(Hello()))
-                return bytes(await stream.receive_some(LINE_BYTES_MAX))
-    return b""
+async def _is_ours(address: Address, greeting: Greeting) -> bool:
+    """Does who listens there answer as a server of ours does?"""
+    heard = b""
+    with suppress(OSError, trio.BrokenResourceError), trio.move_on_after(ANSWER_SECONDS):
+        async with await _connect(address) as stream:
+            await stream.send_all(greeting.request)
+            while greeting.answer not in heard and len(heard) < ANSWER_BYTES_MAX:
+                data = await stream.receive_some(ANSWER_BYTES_MAX)
+                if not data:
+                    break
+                heard += data
+    return greeting.answer in heard
 
 
 async def _connect(address: Address) -> trio.SocketStream:
