@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Final
 
 import trio
@@ -12,7 +13,9 @@ import trio
 from idalloc_tcp import __version__, config
 from idalloc_tcp.address import Address, parse_address
 from idalloc_tcp.client import Client
-from idalloc_tcp.errors import IdallocError, SettingsError
+from idalloc_tcp.errors import IdallocError, SettingsError, StartRefused
+from idalloc_tcp.names import fold_name
+from idalloc_tcp.top.sample import parsed
 
 #: Exit statuses: it failed, and the message says why; the command or a setting is wrong;
 #: ended by a second signal before the stop was over.
@@ -21,6 +24,8 @@ MISUSED: Final = 2
 INTERRUPTED: Final = 130
 
 DEFAULT_SERVER: Final = "127.0.0.1:8642"
+INTERVAL_SECONDS_MIN: Final = 0.1
+INTERVAL_SECONDS_MAX: Final = 3600.0
 
 _DESCRIPTION: Final = """\
 Unique, upward-trending 64-bit IDs over a protocol that you can type.
@@ -40,10 +45,16 @@ Print every setting as it would be in effect, and where its value came from. The
 file for --config."""
 _INIT_DB: Final = """\
 Make the table tbl_alloc_info in the database of --mysql, if it is missing."""
+_DOCTOR: Final = """\
+Would `serve` with these settings serve, and safely? Looks at addresses, files and stores, changes
+nothing and takes no ID. A line for each check says what to do; exit status 1 if one failed."""
 _ALLOC: Final = """\
 Take COUNT contiguous IDs of SERVICE and print `<first> <count>`: the IDs first, first+1, ...
 are yours. Retrying after a failure is always safe; it costs at most a gap."""
 _STATS: Final = "Print what a server says of itself, or of one service."
+_TOP: Final = """\
+Show rates, stores and services of a server until q or Ctrl-C. Of the server only the services that
+are named are shown; its admin pages tell of all. Without a terminal: one table, after INTERVAL."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -97,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         ("serve", _serve, "run a server", _SERVE),
         ("config", _config, "show the settings", _CONFIG),
         ("init-db", _init_db, "make the table in a MySQL database", _INIT_DB),
+        ("doctor", _doctor, "check settings and stores", _DOCTOR),
     ):
         command = commands.add_parser(
             name,
@@ -117,7 +129,19 @@ def _parser() -> argparse.ArgumentParser:
     stats.add_argument("--json", action="store_true", help="for programs")
     stats.set_defaults(run=_stats)
 
-    for command in (alloc, stats):
+    top = commands.add_parser("top", help="watch a server", description=_TOP)
+    top.add_argument("service", metavar="SERVICE", nargs="*")
+    top.add_argument(
+        *("--interval", "-i"),
+        type=_interval,
+        default=1.0,
+        metavar="SECONDS",
+        help="between looks; 0.1 to 3600 (default: 1)",
+    )
+    top.add_argument("--admin", metavar="URL", help="ask the admin pages, as in http://HOST:PORT")
+    top.set_defaults(run=_top)
+
+    for command in (alloc, stats, top):
         command.add_argument(
             "--server",
             type=_address,
@@ -133,6 +157,13 @@ def _address(text: str) -> Address:
         return parse_address(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+
+
+def _interval(text: str) -> float:
+    with suppress(ValueError):
+        if INTERVAL_SECONDS_MIN <= (seconds := float(text)) <= INTERVAL_SECONDS_MAX:
+            return seconds
+    raise argparse.ArgumentTypeError(f"{text!r}: not a number of seconds from 0.1 to 3600")
 
 
 def _load(options: argparse.Namespace) -> config.Loaded:
@@ -157,6 +188,16 @@ def _init_db(options: argparse.Namespace) -> None:
     print("the table tbl_alloc_info is there")
 
 
+def _doctor(options: argparse.Namespace) -> None:
+    from idalloc_tcp import doctor  # noqa: PLC0415
+
+    tally = doctor.Tally()
+    trio.run(doctor.examine, _load(options), tally.report)
+    if tally.has_failed:
+        raise StartRefused(tally.summary())
+    print(tally.summary())
+
+
 def _alloc(options: argparse.Namespace) -> None:
     async def take() -> range:
         async with await Client.connect(options.server) as client:
@@ -173,17 +214,25 @@ def _stats(options: argparse.Namespace) -> None:
 
     values = trio.run(ask)
     if options.json:
-        print(json.dumps({name: _number_or_text(value) for name, value in values.items()}))
+        print(json.dumps({name: parsed(value) for name, value in values.items()}))
         return
     width = max(map(len, values), default=0)
     for name, value in values.items():
         print(f"{name:{width}}  {value}")
 
 
-def _number_or_text(text: str) -> int | float | str:
-    for kind in (int, float):
+def _top(options: argparse.Namespace) -> None:
+    # Not at the top: only this draws, and what draws is large.
+    from idalloc_tcp.top import live  # noqa: PLC0415
+    from idalloc_tcp.top.source import AdminSource, ServerSource  # noqa: PLC0415
+
+    services = [fold_name(service) for service in options.service]
+    source: AdminSource | ServerSource
+    if options.admin is None:
+        source, title = ServerSource(options.server, services), str(options.server)
+    else:
         try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+            source, title = AdminSource.parse(options.admin, services), options.admin
+        except ValueError as error:
+            raise SettingsError(f"--admin: {error}") from None
+    trio.run(live.run, source, title, options.interval)

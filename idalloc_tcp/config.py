@@ -33,6 +33,7 @@ from idalloc_tcp.kinds import (
     SHOWN_CHARS_MAX,
     Kind,
     Unfit,
+    address,
     addresses,
     choice,
     file,
@@ -106,7 +107,7 @@ _IDS: Final = "IDs"
 _TIMES: Final = "times"
 _BOUNDS: Final = "bounds"
 _RATES: Final = "rates"
-_LOG: Final = "log"
+_LOG: Final = "log and debugging"
 
 
 @final
@@ -123,6 +124,12 @@ class Settings:
         addresses(),
         _PLACES,
         "The addresses to listen on; port 0 is any free port.",
+    )
+    admin: str | None = setting(
+        None,
+        address(),
+        _PLACES,
+        "The address of the admin pages, by HTTP: health, metrics and a page to look at.",
     )
     data: Path | None = setting(
         None,
@@ -319,6 +326,12 @@ class Settings:
         _LOG,
         "Whether a line of the log is for people (console) or for programs (json).",
     )
+    debug: bool = setting(
+        False,
+        switch(),
+        _LOG,
+        "Let the admin pages also show what the processes are doing: profiles and tasks.",
+    )
 
     def __attrs_post_init__(self) -> None:
         if self.redis is not None and self.mysql is None:
@@ -338,6 +351,10 @@ class Settings:
     def addresses(self) -> list[Address]:
         """Where to listen, parsed."""
         return [parse_address(text) for text in self.listen]
+
+    def admin_addresses(self) -> list[Address]:
+        """Where to answer HTTP, parsed; none if nowhere."""
+        return [] if self.admin is None else [parse_address(self.admin)]
 
     @property
     def worker_count(self) -> int:

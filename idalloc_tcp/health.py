@@ -37,6 +37,7 @@ class Health:
     #: How often it went down or came back. A request that was under way meanwhile says nothing
     #: of how it is now: those that were pending when it went fail one by one, for seconds perhaps.
     _changes: int = attrs.field(init=False, default=0)
+    answers_total: int = attrs.field(init=False, default=0)
     _backoff: Backoff = attrs.field(init=False, factory=Backoff)
     _pause_seconds: float = attrs.field(init=False, default=0.0)
     _ask_again_at: float = attrs.field(init=False, default=0.0)
@@ -68,6 +69,10 @@ class Health:
         self._succeeded(changes)
         return result
 
+    def answered(self) -> None:
+        """It has just answered."""
+        self._succeeded(self._changes)
+
     async def _admit(self) -> None:
         """While it is down, at most one caller in each pause gets through.
 
@@ -87,6 +92,7 @@ class Health:
             raise Unavailable(f"{self.name} is down")
 
     def _succeeded(self, changes: int) -> None:
+        self.answers_total += 1
         if not self.is_up and changes == self._changes:
             log.sparingly(log.INFO, f"{self.name} is back", CHANGES_LOGGED)
             self.is_up = True

@@ -16,6 +16,7 @@ ID_MAX: Final = 2**63 - 1
 YEAR_SECONDS: Final = 31_536_000.0
 #: How much of a name or a value a message repeats.
 SHOWN_CHARS_MAX: Final = 60
+_ADDRESSES: Final = "HOST:PORT, [IPv6]:PORT or unix:PATH"
 
 #: In a URL: up to the last @, for it may hold what should have been escaped in it.
 _PASSWORD: Final = re.compile(r"(?<=://)([^:@/]*:).*(?=@)|([?&]password=)[^&]*")
@@ -167,8 +168,23 @@ def file() -> Kind[Path]:
     return Kind("the path of a file, in UTF-8", "FILE", read)
 
 
+def address() -> Kind[str]:
+    """Where to listen, as text."""
+
+    def read(value: object) -> str:
+        if not isinstance(value, str):
+            raise Unfit(shown(value))
+        try:
+            return str(parse_address(value))
+        except ValueError as error:
+            raise Unfit(f"{shown(value)}: {error}") from None
+
+    return Kind(f"an address ({_ADDRESSES})", "ADDRESS", read)
+
+
 def addresses() -> Kind[tuple[str, ...]]:
     """Where to listen: one address or several, as text."""
+    one = address()
 
     def read(value: object) -> tuple[str, ...]:
         if not isinstance(value, list | tuple) or not value:
@@ -178,12 +194,9 @@ def addresses() -> Kind[tuple[str, ...]]:
     def read_one(item: object) -> str:
         if not isinstance(item, str):
             raise Unfit(f"{shown(item)} among them")
-        try:
-            return str(parse_address(item))
-        except ValueError as error:
-            raise Unfit(f"{shown(item)}: {error}") from None
+        return one.read(item)
 
-    expected = "a list of addresses (HOST:PORT, [IPv6]:PORT or unix:PATH)"
+    expected = f"a list of addresses ({_ADDRESSES})"
     return Kind(expected, "ADDRESS", read, _items, repeatable=True)
 
 

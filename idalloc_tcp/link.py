@@ -2,7 +2,8 @@
 
 First they talk in turns, with `send` and `receive`: what the worker needs, and whether it serves.
 From then on `run` listens. Either side may ask the other for a snapshot, and each answers as it
-can: a worker for itself, the parent for all of them.
+can: a worker for itself, the parent for all of them. The parent may also ask a worker to look into
+itself; what that says is not for this module to know.
 """
 
 import json
@@ -42,6 +43,13 @@ class Query:
 
 
 Answer = Callable[[Query], Awaitable[Snapshot]]
+#: Looks into the process.
+Inspect = Callable[[Message], Awaitable[Message]]
+
+
+async def no_inspection(_wanted: Message) -> Message:
+    """There is nothing to see."""
+    return {}
 
 
 def _channel() -> tuple["trio.MemorySendChannel[Message]", "trio.MemoryReceiveChannel[Message]"]:
@@ -56,7 +64,7 @@ class Link:
     _stream: trio.abc.Stream
     _received: bytearray = attrs.field(init=False, factory=bytearray)
     #: Number of a question -> where its answer is awaited.
-    _asked: dict[int, "trio.MemorySendChannel[Snapshot]"] = attrs.field(init=False, factory=dict)
+    _asked: dict[int, "trio.MemorySendChannel[Message]"] = attrs.field(init=False, factory=dict)
     _numbers: Iterator[int] = attrs.field(init=False, factory=count)
     _room: trio.CapacityLimiter = attrs.field(
         init=False, factory=lambda: trio.CapacityLimiter(QUESTIONS_MAX)
@@ -88,7 +96,7 @@ class Link:
         message: Message = json.loads(line)
         return message
 
-    async def run(self, answer: Answer) -> None:
+    async def run(self, answer: Answer, inspect: Inspect = no_inspection) -> None:
         """Answer questions, and hear answers, until the other side is gone."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._send_outbox)
@@ -96,19 +104,31 @@ class Link:
                 match message:
                     case {"ask": number, "about": about}:
                         nursery.start_soon(self._reply, number, answer, Query(**about))
-                    case {"answer": number, "snapshot": snapshot} if number in self._asked:
-                        self._asked[number].send_nowait(Snapshot.from_json(snapshot))
+                    case {"ask": number, "inspect": wanted}:
+                        nursery.start_soon(self._reply_inspection, number, inspect, wanted)
+                    case {"answer": number} if number in self._asked:
+                        self._asked[number].send_nowait(message)
             nursery.cancel_scope.cancel()
 
     async def ask(self, query: Query, within_seconds: float) -> Snapshot | None:
         """The other side's answer; None: there was none in time. `run` must be running."""
+        message = await self._ask({"about": attrs.asdict(query)}, within_seconds)
+        return None if message is None else Snapshot.from_json(message["snapshot"])
+
+    async def inspect(self, wanted: Message, within_seconds: float) -> Message | None:
+        """What the other side sees in itself; None: there was no answer in time."""
+        message = await self._ask({"inspect": wanted}, within_seconds)
+        found: Message | None = None if message is None else message["found"]
+        return found
+
+    async def _ask(self, question: Message, within_seconds: float) -> Message | None:
         number = next(self._numbers)
-        awaiting, awaited = trio.open_memory_channel[Snapshot](1)
+        awaiting, awaited = trio.open_memory_channel[Message](1)
         with trio.move_on_after(within_seconds):
             async with self._room:
                 self._asked[number] = awaiting
                 try:
-                    await self._outbox[0].send({"ask": number, "about": attrs.asdict(query)})
+                    await self._outbox[0].send({"ask": number, **question})
                     return await awaited.receive()
                 finally:
                     del self._asked[number]
@@ -127,6 +147,9 @@ class Link:
     async def _reply(self, number: int, answer: Answer, query: Query) -> None:
         snapshot = await answer(query)
         await self._outbox[0].send({"answer": number, "snapshot": snapshot.to_json()})
+
+    async def _reply_inspection(self, number: int, inspect: Inspect, wanted: Message) -> None:
+        await self._outbox[0].send({"answer": number, "found": await inspect(wanted)})
 
     async def _send_outbox(self) -> None:
         async for message in self._outbox[1]:

@@ -6,12 +6,21 @@ owns them. STATS and exporters read snapshots.
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import final
+from typing import Final, final
 
 import attrs
 
 #: One measured value, ready to be shown: its name and its value.
 Row = tuple[str, int | float | str]
+
+#: Durations are counted by powers of two: bucket i is for less than 2^i microseconds, and the
+#: last one also for whatever took longer.
+DURATION_BUCKETS: Final = 25
+
+
+def duration_bucket(seconds: float) -> int:
+    """The bucket that a duration is counted in."""
+    return min(int(seconds * 1e6).bit_length(), DURATION_BUCKETS - 1)
 
 
 @final
@@ -39,10 +48,19 @@ class Metrics:
     seats_total: Counter[str] = attrs.field(factory=Counter)
     #: Reason -> how many IDs will never be served.
     gap_ids_total: Counter[str] = attrs.field(factory=Counter)
+    #: How many segments came; the label is where from, and the bucket of how long it took.
+    refills_total: Counter[str] = attrs.field(factory=Counter)
+    #: Where segments came from -> how long that took in all.
+    refill_microseconds_total: Counter[str] = attrs.field(factory=Counter)
 
     def gap(self, reason: str, ids: int) -> None:
         """Count IDs that will never be served."""
         self.gap_ids_total[reason] += ids
+
+    def refilled(self, origin: str, seconds: float) -> None:
+        """Count a segment that came from `origin` after so long."""
+        self.refills_total[f"{origin}.{duration_bucket(seconds):02}"] += 1
+        self.refill_microseconds_total[origin] += int(seconds * 1e6)
 
     def rows(self) -> Iterator[Row]:
         """Every counter, labels as a suffix of the name (`errors_total.badcount`)."""

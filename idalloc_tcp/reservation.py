@@ -35,7 +35,7 @@ a version below 2^63-1, and nothing of the above holds for it. Until it is taken
 are served (`_cut_beside`); uniqueness rests on a healthy Redis then, as it did before.
 """
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import partial
 from typing import Final, Protocol, TypeVar, final
 
@@ -47,7 +47,7 @@ from idalloc_tcp.counter import Counter, Cut, Reason, Refusal, State
 from idalloc_tcp.errors import Exhausted, NotOurs, Unavailable
 from idalloc_tcp.health import Health
 from idalloc_tcp.ledger import Ledger, SharedLedger, Tail
-from idalloc_tcp.metrics import Metrics
+from idalloc_tcp.metrics import Metrics, Row
 from idalloc_tcp.pool import Segment
 from idalloc_tcp.recent import Recent
 from idalloc_tcp.underway import Underway
@@ -171,6 +171,10 @@ class Reservation:
             if is_back and self.floor(tail.service) == tail.segment.last:
                 self._floors.set(tail.service, tail.segment.start - 1)
 
+    def origin(self, _service: str, _segment: Segment) -> str:
+        """Where a segment that `reserve` has just given came from."""
+        return "ledger"
+
     def settle(self, tail: Tail, *, is_back: bool) -> None:
         """Count what became of a tail."""
         if is_back:
@@ -232,6 +236,8 @@ class CounterReservation:
     health: Health = attrs.field(init=False, factory=lambda: Health("the counter"))
     #: The last ID that the counter cut for us: so a tail is known to be its.
     _last_cut: Recent = attrs.field(init=False, factory=Recent)
+    #: Where the counter's lease ends, as far as we saw.
+    _lease_ends: Recent = attrs.field(init=False, factory=Recent)
     #: The size of the last segment asked for: what a lease is measured in.
     _last_size: Recent = attrs.field(init=False, factory=Recent)
 
@@ -294,6 +300,8 @@ class CounterReservation:
         grow = partial(self._counter.extend, service, old_end, new_end)
         try:
             is_grown = await self._ask_at_once(grow, added)
+            if is_grown:
+                self._lease_ends.set(service, new_end)
         finally:
             # Not before: a cut meanwhile would find its counter passed, and leave its lease.
             self._direct.remember(service, new_end)
@@ -361,9 +369,20 @@ class CounterReservation:
             self._direct.settle(tail, is_back=is_back)
         await self._direct.give_back(to_ledger)
 
+    def origin(self, service: str, segment: Segment) -> str:
+        """As `Reservation.origin`: the counter, or direct where it had no part in it."""
+        return "counter" if self._last_cut.get(service) == segment.last else "direct"
+
+    def rows(self, service: str) -> Iterator[Row]:
+        """What STATS says of a service's place in the counter, as far as we saw."""
+        if self._lease_ends.get(service):
+            yield "counter_cut_through", self._last_cut.get(service)
+            yield "counter_lease_end", self._lease_ends.get(service)
+
     def _own(self, service: str, cut: Cut) -> Segment:
         self._direct.remember(service, cut.state.lease_end)
         self._last_cut.set(service, cut.segment.last)
+        self._lease_ends.set(service, cut.state.lease_end)
         self._metrics.cuts_total += 1
         ahead_ids = cut.state.lease_end - cut.state.last_alloc_value
         self.on_cut(service, 2 * ahead_ids < self._lease_ids(self._last_size.get(service)))

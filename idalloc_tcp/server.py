@@ -36,6 +36,10 @@ from idalloc_tcp.session import Fallback, Session, Take, no_fallback
 from idalloc_tcp.snapshot import Snapshot
 
 
+def _no_rows(_service: str | None) -> Iterable[Row]:
+    return ()
+
+
 @final
 @attrs.frozen
 class ServerLimits:
@@ -56,7 +60,7 @@ class Server:
     """Serves an allocator's IDs on any number of listeners.
 
     Args:
-        store_rows: what STATS says of the stores.
+        store_rows: what STATS says of the stores, or of one service in them.
         limits: new ones hold for connections that come then.
         fallback: what stands in for IDs that are unavailable; a new one holds at once.
         limiter: how fast IDs may go; without one as fast as they can.
@@ -66,7 +70,7 @@ class Server:
     _allocator: Allocator
     limits: ServerLimits
     _metrics: Metrics
-    _store_rows: Callable[[], Iterable[Row]] = tuple
+    _store_rows: Callable[[str | None], Iterable[Row]] = _no_rows
     fallback: Fallback = no_fallback
     _limiter: RateLimiter | None = None
     _gather: Gather | None = None
@@ -185,11 +189,12 @@ class Server:
         """What STATS answers of this process."""
         if service is not None:
             yield from self._allocator.service_rows(service)
+            yield from self._store_rows(service)
             return
         yield "version", __version__
         yield "uptime_seconds", round(time.monotonic() - self._started_at)
         yield "draining", int(self._stopping.is_set())
-        yield from self._store_rows()
+        yield from self._store_rows(None)
         yield from self._allocator.rows()
         yield from self._metrics.rows()
 
@@ -207,9 +212,9 @@ class Server:
         rows = dict(self.rows(service))
         return Snapshot(rows) if service is None else Snapshot({}, {service: rows})
 
-    def snapshot_all(self, services_max: int) -> Snapshot:
+    async def gather_all(self, services_max: int) -> Snapshot:
         """What this process measured, and the services that gave out most IDs, most first."""
-        names = self._allocator.busiest(services_max)
+        names = await self._allocator.busiest(services_max)
         return Snapshot(dict(self.rows()), {name: dict(self.rows(name)) for name in names})
 
     def _drain(self, scope: trio.CancelScope) -> None:

@@ -133,6 +133,8 @@ class Service:
         yield "segment_size", self.demand.size
         yield "low_water_ids", self.pool.low_water
         yield "rate_ids_per_second", round(self.demand.rate, 3)
+        if self.demand.rate:
+            yield "cover_seconds", round(self.pool.remaining / self.demand.rate, 1)
         yield "waiting_ids", self.waiting_ids
         yield "trouble", self.trouble.code if self.trouble else "none"
 

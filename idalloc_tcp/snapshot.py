@@ -74,7 +74,7 @@ def busiest(snapshot: Snapshot, services_max: int) -> Snapshot:
 
 
 def _is_total(name: str) -> bool:
-    return _family(name).endswith("_total")
+    return _family(name).endswith(("_total", "_buckets"))
 
 
 def _family(name: str) -> str:
@@ -106,6 +106,10 @@ _RULES: Final[Mapping[str, _Rule]] = {
     "active": max,
     "last_served": max,
     "segment_size": max,  # Each process has its own.
+    "cover_seconds": min,  # The one that runs dry first is the one to look at.
+    "ceiling": max,
+    "counter_cut_through": max,  # Both only rise, so whoever saw more saw it later.
+    "counter_lease_end": max,
     "trouble": _worst,
 }
 

@@ -70,6 +70,11 @@ class Sync:
                 nursery.start_soon(self._work)
             task_status.started()
 
+    @property
+    def queued(self) -> int:
+        """How many tasks wait for a worker."""
+        return self._tasks.statistics().current_buffer_used
+
     def stop(self) -> None:
         """Take no more tasks; let `run` come to its end."""
         self._queue.close()

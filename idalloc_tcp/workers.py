@@ -166,6 +166,11 @@ class Workers:
         """
         return busiest(await self._gather(Query(services_max=services_max)), services_max)
 
+    async def inspect(self, number: int, wanted: Message, within_seconds: float) -> Message | None:
+        """What a worker sees in itself; None: it is not there, or does not answer in time."""
+        worker = self._workers.get(number)
+        return None if worker is None else await worker.link.inspect(wanted, within_seconds)
+
     async def _gather(self, query: Query) -> Snapshot:
         # Both as they are now: who dies while it is asked must not be counted twice.
         workers, departed = list(self._workers.values()), self._departed

@@ -24,6 +24,7 @@ PROGRAM: Final = (sys.executable, "-m", "idalloc_tcp")
 START_SECONDS: Final = 20.0
 STOP_SECONDS: Final = 10.0
 _SERVING: Final = re.compile(r" info serving listen=(\S+) ")
+_ADMIN: Final = re.compile(r" info serving listen=\S+ admin=(\S+) ")
 
 
 @final
@@ -81,6 +82,13 @@ class ServerProcess:
         """Its first address, as the socket module takes it."""
         host, port = self.address.rsplit(":", 1)
         return host.strip("[]"), int(port)
+
+    @property
+    def admin(self) -> str:
+        """Where its admin pages are, as HOST:PORT."""
+        found = [match[1] for line in self.lines if (match := _ADMIN.search(line))]
+        assert found, "it was started without --admin"
+        return found[0]
 
     @property
     def workers(self) -> list[psutil.Process]:

@@ -220,6 +220,7 @@ CEILINGS: Final = f"expected service names, each with an integer from 1 to {MAX_
         ("ceilings = {a.b = 1}", f'{CEILINGS} "a" = a table'),
         ("ceilings = {'a b' = 1}", '"a b" = 1: a name is 1 to 64 of the characters'),
         ("ceilings = {a = 1, A = 1}", "found a service that is named twice"),
+        ('admin = "8643"', 'an address (HOST:PORT, [IPv6]:PORT or unix:PATH), found "8643": it is'),
         ("lease_segments = 0", "an integer from 1 to 1_000_000, found 0"),
         ("workers = 0", "an integer from 1 to 128, or auto, found 0"),
         ("workers = 'all'", 'an integer from 1 to 128, or auto, found "all"'),
@@ -559,6 +560,8 @@ VALUES: Final = st.fixed_dictionaries(
         "service_rate_limit_ids": integers(1_000_000_000_000, 0),
         "log_level": st.sampled_from(get_args(LogLevel)),
         "log_format": st.sampled_from(get_args(LogFormat)),
+        "admin": ADDRESSES,
+        "debug": st.booleans(),
     },
 )
 
@@ -600,8 +603,9 @@ def test_how_settings_are_shown(tmp_path: Path) -> None:
     path.write_text(content)
     lines = config.render(load({"log_level": "debug"}, path, environ)).splitlines()
     assert len(lines) == len(NAMES)
-    assert lines[:2] == [
+    assert lines[:3] == [
         f'listen = ["localhost:1", "unix:/a b"]  # file {path}',
+        "# admin is unset  # default",
         f'# data = "{Settings().data_path()}"  # default',
     ]
     for line in (

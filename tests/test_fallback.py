@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from idalloc_tcp import composition
+from idalloc_tcp import assembly
 from idalloc_tcp.config import Settings
 from idalloc_tcp.fallback import LOWEST, random_range
 from idalloc_tcp.pool import MAX_ID
@@ -43,17 +43,17 @@ def test_ranges_are_not_repeated() -> None:
 
 def test_off_unless_it_is_wanted() -> None:
     """By default nothing stands in for IDs."""
-    assert composition._fallback(Settings())("orders", 1) is None
+    assert assembly._fallback(Settings())("orders", 1) is None
 
 
 def test_no_random_id_above_a_ceiling() -> None:
     """Who set a ceiling relies on it, so such a service gets an error all the same."""
-    fall_back = composition._fallback(Settings(fallback="random", ceilings={"a": 2**53 - 1}))
+    fall_back = assembly._fallback(Settings(fallback="random", ceilings={"a": 2**53 - 1}))
     assert fall_back("a", 1) is None
     first = fall_back("b", COUNT_MAX)
     assert first is not None
     assert first >= LOWEST
     lowered = Settings(fallback="random", ceiling=MAX_ID - 1, ceilings={"b": MAX_ID})
-    fall_back = composition._fallback(lowered)
+    fall_back = assembly._fallback(lowered)
     assert fall_back("a", 1) is None
     assert fall_back("b", 1) is not None

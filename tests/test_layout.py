@@ -18,7 +18,8 @@ ORDER: Final = (
     *("limits", "express", "snapshot", "pool", "sizing", "recent", "underway", "backoff", "health"),
     *("garbage", "bridge", "ledger", "counter", "reservation", "sync", "fallback", "service"),
     *("allocator", "stores", "lanes", "connection", "listeners", "server", "signals", "systemd"),
-    *("reload", "client", "link", "workers", "composition", "worker", "cli", "__main__"),
+    *("reload", "client", "link", "workers", "admin", "assembly", "composition", "worker"),
+    *("doctor", "top", "cli", "__main__"),
 )
 #: What talks and what allocates know nothing of each other; `server` puts them together.
 TALKING: Final = frozenset({"protocol", "session", "express"})
@@ -101,7 +102,7 @@ def test_the_pure_modules_load_no_event_loop_and_no_driver() -> None:
 
 
 def test_the_embedded_server_loads_no_driver() -> None:
-    """A server on its SQLite file brings neither a driver nor the bridge that drivers need."""
+    """A server on its SQLite file brings no driver, nor the bridge for them, nor what draws."""
     program = """
 import sys, tempfile, trio
 from pathlib import Path
@@ -128,7 +129,7 @@ print(*sys.modules)
     )
     loaded = set(done.stdout.split())
     assert {"trio", "sqlite3"} <= loaded
-    assert not loaded & (IMPURE_PACKAGES - {"trio"} | {f"{ROOT.name}.bridge"})
+    assert not loaded & (IMPURE_PACKAGES - {"trio"} | {f"{ROOT.name}.bridge", "rich"})
 
 
 def test_the_safety_argument_names_every_rule() -> None:

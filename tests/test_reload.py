@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 import pytest
 
-from idalloc_tcp.composition import RELOADABLE
+from idalloc_tcp.assembly import RELOADABLE
 from idalloc_tcp.config import Settings
 from idalloc_tcp.errors import SettingsError
 from idalloc_tcp.reload import Reload

@@ -129,6 +129,6 @@ async def test_a_server_says_what_stats_says() -> None:
         server = running.server
         assert server.snapshot().rows == dict(server.rows())
         assert server.snapshot("orders") == Snapshot({}, {"orders": dict(server.rows("orders"))})
-        everything = server.snapshot_all(1)
+        everything = await server.gather_all(1)
         assert everything.rows["ids_total"] == 8
         assert list(everything.services) == ["users"]

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 
 from tests.real.mariadb_server import MariaDbDatabase, MariaDbServer
-from tests.real.process import MissingServer
+from tests.real.process import MissingServer, find_program
 from tests.real.proxy import FaultProxy, open_fault_proxy
 from tests.real.redis_server import RedisServer
 
@@ -47,12 +47,33 @@ def shared_mariadb_server() -> Iterator[MariaDbServer]:
         yield server
 
 
+@pytest.fixture(scope="session")
+def mariadb_server_with_grants() -> Iterator[MariaDbServer]:
+    """A MariaDB that checks privileges, for all tests: neither kill nor pause it."""
+    with _installed(), MariaDbServer(grants=True) as server:
+        yield server
+
+
 @pytest.fixture
 def mariadb_database(shared_mariadb_server: MariaDbServer) -> Iterator[MariaDbDatabase]:
     """An empty database of the test's own, on a server that all tests share."""
     database = shared_mariadb_server.create_database(f"test_{next(_database_numbers)}")
     yield database
     shared_mariadb_server.query(f"DROP DATABASE {database.name}")
+
+
+@pytest.fixture(scope="session")
+def promtool() -> str:
+    """The program that judges what is written for Prometheus."""
+    with _installed():
+        return find_program("promtool", debian_package="prometheus")
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """A browser."""
+    with _installed():
+        return find_program("chromium", debian_package="chromium")
 
 
 @pytest.fixture
