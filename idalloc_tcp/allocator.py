@@ -89,6 +89,11 @@ class Allocator:
             service = self._start(name)
         return service.take(count)
 
+    def refill_of(self, name: str) -> str:
+        """What is known of the last segment that was fetched for a service, in words."""
+        service = self._services.get(name)
+        return "" if service is None else service.last_refill
+
     @property
     def services(self) -> Mapping[str, Service]:
         """Those that are in use."""

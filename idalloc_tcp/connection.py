@@ -21,6 +21,7 @@ from idalloc_tcp import log
 from idalloc_tcp.errors import BadSyntax, IdallocError, Internal
 from idalloc_tcp.lanes import Rider
 from idalloc_tcp.metrics import Row
+from idalloc_tcp.observation import Observer
 from idalloc_tcp.protocol import Alloc, Stats
 from idalloc_tcp.session import RECEIVE_BYTES, Session
 
@@ -72,11 +73,14 @@ class Connection:
     _session: Session
     _wait: Wait
     _limits: ConnectionLimits
+    _observer: Observer
     _rider: Rider | None = None
     _gather: Gather = no_gathering
     _scope: trio.CancelScope = attrs.field(init=False, factory=trio.CancelScope)
     #: Around what hears, or heard last.
     _patience: trio.CancelScope = attrs.field(init=False, factory=trio.CancelScope)
+    #: When the requests came that are being answered.
+    _heard_at: float = attrs.field(init=False, default=0.0)
     _line_began_at: float | None = attrs.field(init=False, default=None)
     _is_draining: bool = attrs.field(init=False, default=False)
     _is_broken: bool = attrs.field(init=False, default=False)
@@ -130,6 +134,7 @@ class Connection:
             self._patience = trio.CancelScope(deadline=deadline)
             with self._patience:
                 await rider.ride()
+                self._heard_at = rider.active_at
                 return True
             heard_at = rider.active_at
         return False
@@ -138,6 +143,7 @@ class Connection:
         self._patience = trio.CancelScope(deadline=self._reading_deadline())
         with self._patience:
             data = await self._stream.receive_some(RECEIVE_BYTES)
+            self._heard_at = trio.current_time()
             if b"\n" in data:
                 self._line_began_at = None
             return bytes(data)
@@ -165,13 +171,21 @@ class Connection:
         """Send all replies that are due; those before a wait do not wait with it."""
         session = self._session
         while True:
+            answered = self._observer.answered_total
             replies = session.advance()
+            self._observe(self._observer.answered_total - answered)
             if replies:
                 await self._send(replies)
             if session.waiting:
                 await self._settle(session.waiting)
             elif not session.has_work:
                 return
+
+    def _observe(self, requests: int) -> None:
+        seconds = trio.current_time() - self._heard_at
+        self._observer.took(seconds, requests)
+        if self._session.traced:
+            self._observer.tell(self._session.take_traced(), "own task", seconds)
 
     async def _settle(self, request: Alloc | Stats) -> None:
         try:
@@ -182,6 +196,7 @@ class Connection:
                     self._session.describe(await self._gather(about))
         except IdallocError as error:
             self._session.reject(error)
+        self._observe(isinstance(request, Alloc))
 
     async def _send(self, data: bytes) -> None:
         self._scope.deadline = trio.current_time() + self._limits.send_seconds

@@ -1,6 +1,8 @@
 """Whether a store is worth asking: so that a dead one costs one probe a second, not one each."""
 
+import time
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from typing import Final, TypeVar, final
 
 import attrs
@@ -18,6 +20,28 @@ PROBE_SECONDS: Final = 0.5
 #: So many outages a minute are logged one by one; of a store that comes and goes the others are
 #: counted.
 CHANGES_LOGGED: Final = 5
+
+
+@final
+@attrs.frozen
+class Call:
+    """A store was asked, and took so long."""
+
+    store: str
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.store.removeprefix('the ')} {self.seconds * 1000:.2f} ms"
+
+
+_calls: ContextVar[list[Call] | None] = ContextVar("calls", default=None)
+
+
+def record_calls() -> list[Call]:
+    """A list to which whatever this task asks of stores is added from now on."""
+    calls: list[Call] = []
+    _calls.set(calls)
+    return calls
 
 
 @final
@@ -51,7 +75,7 @@ class Health:
             Unavailable: it did not answer, or is down and not due to be asked again.
         """
         await self._admit()
-        changes = self._changes
+        changes, began_at = self._changes, time.perf_counter()
         try:
             result = await request()
         except (NotOurs, Exhausted):
@@ -66,6 +90,9 @@ class Health:
             raise
         finally:
             self._probe_ended.set()
+            calls = _calls.get()
+            if calls is not None:
+                calls.append(Call(self.name, time.perf_counter() - began_at))
         self._succeeded(changes)
         return result
 

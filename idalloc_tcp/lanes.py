@@ -20,6 +20,7 @@ from typing import Final, final
 import attrs
 import trio
 
+from idalloc_tcp.observation import Observer
 from idalloc_tcp.session import RECEIVE_BYTES, Session
 
 #: Sockets served in one round; the kernel hands out those beyond it first the next time.
@@ -53,6 +54,7 @@ class Sweep:
         answer: the replies to each of several chunks; b"" for one that its session must answer.
     """
 
+    _observer: Observer
     _answer: Answer = no_short_way
     _epoll: "select.epoll" = attrs.field(init=False, factory=select.epoll)
     _riders: dict[int, "Rider"] = attrs.field(init=False, factory=dict)
@@ -66,8 +68,10 @@ class Sweep:
                 now = trio.current_time()
                 turn_ends_at = now + SWEEP_SECONDS
                 while now < turn_ends_at and (ready := epoll.poll(0, ROUND_SOCKETS_MAX)):
+                    answered = self._observer.answered_total
                     self._serve(ready, now)
-                    now = trio.current_time()
+                    began_at, now = now, trio.current_time()
+                    self._observer.took(now - began_at, self._observer.answered_total - answered)
 
     def rider(self, connected: socket, session: Session) -> "Rider":
         """A place in this lane for a connection. The socket must not block."""
@@ -100,6 +104,10 @@ class Sweep:
                 continue
             if sent != len(replies):
                 rider.keep(replies[sent:])
+
+    def tell(self, session: Session, heard_at: float) -> None:
+        """Note what a session answered to requests with a trace."""
+        self._observer.tell(session.take_traced(), "sweep", trio.current_time() - heard_at)
 
     def enter(self, rider: "Rider", descriptor: int) -> None:
         """Serve it from now on."""
@@ -164,6 +172,8 @@ class Rider:
         except Exception as error:
             self.wake(error)  # Raised where all errors of a connection are handled.
             return
+        if self._session.traced:
+            self._sweep.tell(self._session, self.active_at)
         try:
             sent = self.send(replies) if replies else 0
         except OSError as error:

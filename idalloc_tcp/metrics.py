@@ -18,6 +18,9 @@ Row = tuple[str, int | float | str]
 DURATION_BUCKETS: Final = 25
 
 
+_LABELS: Final = tuple(f"{bucket:02}" for bucket in range(DURATION_BUCKETS))
+
+
 def duration_bucket(seconds: float) -> int:
     """The bucket that a duration is counted in."""
     return min(int(seconds * 1e6).bit_length(), DURATION_BUCKETS - 1)
@@ -48,6 +51,10 @@ class Metrics:
     seats_total: Counter[str] = attrs.field(factory=Counter)
     #: Reason -> how many IDs will never be served.
     gap_ids_total: Counter[str] = attrs.field(factory=Counter)
+    #: How many requests were answered; the label is the bucket of how long it took. Requests of one
+    #: round of the sweep count as if each had taken as long as the round.
+    latency_buckets: Counter[str] = attrs.field(factory=Counter)
+    latency_seconds_total: float = 0.0
     #: How many segments came; the label is where from, and the bucket of how long it took.
     refills_total: Counter[str] = attrs.field(factory=Counter)
     #: Where segments came from -> how long that took in all.
@@ -56,6 +63,16 @@ class Metrics:
     def gap(self, reason: str, ids: int) -> None:
         """Count IDs that will never be served."""
         self.gap_ids_total[reason] += ids
+
+    def took(self, seconds: float, requests: int) -> None:
+        """Count requests that were answered within so long."""
+        self.latency_buckets[_LABELS[duration_bucket(seconds)]] += requests
+        self.latency_seconds_total += seconds * requests
+
+    @property
+    def answered_total(self) -> int:
+        """Requests that needed no waiting."""
+        return self.requests_total - self.waits_total
 
     def refilled(self, origin: str, seconds: float) -> None:
         """Count a segment that came from `origin` after so long."""
@@ -70,4 +87,4 @@ class Metrics:
                 yield field.name, value.total()
                 yield from ((f"{field.name}.{label}", n) for label, n in sorted(value.items()))
             else:
-                yield field.name, value
+                yield field.name, round(value, 6)

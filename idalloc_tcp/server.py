@@ -31,6 +31,7 @@ from idalloc_tcp.lanes import HAS_EPOLL, Sweep
 from idalloc_tcp.limits import RateLimiter
 from idalloc_tcp.listeners import BACKLOG, Listener, close_listeners
 from idalloc_tcp.metrics import Metrics, Row
+from idalloc_tcp.observation import Observer
 from idalloc_tcp.protocol import RequestParser, err
 from idalloc_tcp.session import Fallback, Session, Take, no_fallback
 from idalloc_tcp.snapshot import Snapshot
@@ -77,6 +78,7 @@ class Server:
     _residents: Residents = attrs.field(factory=Residents)
     _parser: RequestParser = attrs.field(init=False)
     _express: Express = attrs.field(init=False)
+    _observer: Observer = attrs.field(init=False)
     _sweep: Sweep | None = attrs.field(init=False)
     #: The allocator's, within the rates.
     _allowed_take: Take = attrs.field(init=False)
@@ -88,7 +90,8 @@ class Server:
         self._parser = RequestParser(self.limits.max_count)
         known, services = self._parser.known, self._allocator.services
         self._express = Express(known, services, self._metrics)
-        self._sweep = Sweep(self._express.answer) if self.limits.sweeps else None
+        self._observer = Observer(self._metrics, self._allocator.refill_of)
+        self._sweep = Sweep(self._observer, self._express.answer) if self.limits.sweeps else None
         self.limit(self._limiter)
 
     async def run(
@@ -170,6 +173,7 @@ class Server:
             session,
             self._allocator.wait,
             self.limits.connection,
+            self._observer,
             rider,
             self._gather or no_gathering,
         )

@@ -22,6 +22,7 @@ import trio
 
 from idalloc_tcp.backoff import Backoff
 from idalloc_tcp.errors import Exhausted, Unavailable
+from idalloc_tcp.health import record_calls
 from idalloc_tcp.metrics import Row
 from idalloc_tcp.pool import Pool, Segment
 from idalloc_tcp.sizing import Demand
@@ -47,6 +48,8 @@ class Service:
     #: Why the last fetch failed; whoever finds the pool empty is told so at once, until a pause
     #: has passed in which nobody asked.
     trouble: Unavailable | Exhausted | None = attrs.field(init=False, default=None)
+    #: Which stores the last fetch asked, and how long each took, in words.
+    last_refill: str = attrs.field(init=False, default="")
     #: IDs that requests are waiting for.
     waiting_ids: int = attrs.field(init=False, default=0)
     #: Is a segment on its way? (Not so in the pause after a failure.)
@@ -95,17 +98,19 @@ class Service:
 
     async def prefetch(self, reserve: Reserve) -> None:
         """Fetch a segment whenever the bell rings, until stopped."""
-        backoff = Backoff()
+        backoff, calls = Backoff(), record_calls()
         has_failed = False
         while await self._rung():
             if not has_failed:  # From refill to refill: an attempt that failed is none.
                 self.demand.measure(self.pool.served_ids, trio.current_time())
             size = min(max(self.demand.size, self.waiting_ids), self.demand.policy.largest)
             self.is_fetching = True
+            calls.clear()
             try:
                 segment = await reserve(self.name, size)
             except (Unavailable, Exhausted) as error:
                 has_failed = True
+                self.last_refill = f"{error.code}: {', '.join(map(str, calls))}"
                 self._fail(error)
                 await self._pause(backoff.next_seconds())
                 if not self._is_rung:
@@ -113,6 +118,7 @@ class Service:
             else:
                 has_failed = False
                 backoff.reset()
+                self.last_refill = ", ".join(map(str, calls))
                 self._deliver(segment)
 
     def stop(self) -> None:

@@ -76,6 +76,21 @@ def _refuse_draining(_service: str, _count: int) -> int | None:
 
 
 @final
+@attrs.frozen
+class Traced:
+    """A request with a trace that was answered.
+
+    Attributes:
+        reply: without its end.
+        has_waited: were its IDs not there at once?
+    """
+
+    request: Alloc
+    reply: bytes
+    has_waited: bool
+
+
+@final
 @attrs.define(eq=False)
 class Session:
     """The state of one conversation.
@@ -99,6 +114,8 @@ class Session:
     waiting: Alloc | Stats | None = attrs.field(init=False, default=None)
     #: Close once the replies are sent; whatever else the client sent is not executed.
     finished: bool = attrs.field(init=False, default=False)
+    #: Requests with a trace that were answered, until the lane takes note of them.
+    traced: tuple[Traced, ...] = attrs.field(init=False, default=())
     _reader: LineReader = attrs.field(init=False, factory=LineReader)
     _lines: deque[bytes] = attrs.field(init=False, factory=deque)
     _settled: bytes = attrs.field(init=False, default=b"")
@@ -155,6 +172,11 @@ class Session:
         self.is_at_rest = not unfinished
         return b"".join(replies)
 
+    def take_traced(self) -> tuple[Traced, ...]:
+        """What was answered to requests with a trace since the last time."""
+        traced, self.traced = self.traced, ()
+        return traced
+
     def put_back(self, replies: bytes) -> None:
         """Have these sent first: the lane could not send what `advance` gave it."""
         self._settled = replies + self._settled
@@ -164,7 +186,8 @@ class Session:
         """The IDs that `waiting` asked for begin at `first`."""
         request = self._stop_waiting()
         assert isinstance(request, Alloc), "no IDs were asked for"
-        self._settled = self._serve(request, first) + ending_of(self._waiting_line)
+        reply = self._serve(request, first, has_waited=True)
+        self._settled = reply + ending_of(self._waiting_line)
 
     def describe(self, rows: Iterable[Row]) -> None:
         """These are the measured values that `waiting` asked for."""
@@ -175,7 +198,7 @@ class Session:
         """What `waiting` asked for is not to be had."""
         request = self._stop_waiting()
         if isinstance(request, Alloc):
-            reply = self._refuse_alloc(request, error)
+            reply = self._refuse_alloc(request, error, has_waited=True)
         else:
             reply = self._refuse(error)
         self._settled = reply + ending_of(self._waiting_line)
@@ -225,19 +248,30 @@ class Session:
         self._metrics.waits_total += isinstance(request, Alloc)
         return b""
 
-    def _refuse_alloc(self, request: Alloc, error: IdallocError) -> bytes:
+    def _refuse_alloc(
+        self, request: Alloc, error: IdallocError, *, has_waited: bool = False
+    ) -> bytes:
+        first = None
         if isinstance(error, Unavailable):
             first = self._fallback(request.service, request.count)
-            if first is not None:
-                self._metrics.random_total += 1
-                return random(first, request)
-        return self._refuse(error)
+        if first is None:
+            reply = self._refuse(error)
+        else:
+            self._metrics.random_total += 1
+            reply = random(first, request)
+        return self._trace(request, reply, has_waited)
 
-    def _serve(self, request: Alloc, first: int) -> bytes:
+    def _serve(self, request: Alloc, first: int, *, has_waited: bool = False) -> bytes:
         self._metrics.ids_total += request.count
+        if not request.trace:
+            return b"OK %d %d" % (first, request.count)
+        reply = ok(first, request.count, request.trace)
+        return self._trace(request, reply, has_waited)
+
+    def _trace(self, request: Alloc, reply: bytes, has_waited: bool) -> bytes:
         if request.trace:
-            return ok(first, request.count, request.trace)
-        return b"OK %d %d" % (first, request.count)
+            self.traced += (Traced(request, reply, has_waited),)
+        return reply
 
     def _refuse(self, error: IdallocError) -> bytes:
         self._metrics.errors_total[error.code] += 1

@@ -10,6 +10,7 @@ import trio.testing
 
 from idalloc_tcp.connection import Connection, ConnectionLimits
 from idalloc_tcp.metrics import Metrics, Row
+from idalloc_tcp.observation import Observer
 from idalloc_tcp.protocol import RequestParser
 from idalloc_tcp.session import Session
 from tests.serving import Peer
@@ -139,7 +140,8 @@ def report(_service: str | None) -> Iterator[Row]:
 def connect(stream: Stream, ids: Ids, metrics: Metrics) -> Connection:
     """A connection on this stream."""
     session = Session(RequestParser(1_000_000), ids.take, report, metrics)
-    return Connection(stream, session, ids.wait, LIMITS)
+    observer = Observer(metrics, lambda _service: "")
+    return Connection(stream, session, ids.wait, LIMITS, observer)
 
 
 @asynccontextmanager

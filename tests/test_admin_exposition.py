@@ -66,6 +66,8 @@ async def test_every_row_of_the_server_is_exposed() -> None:
         exposed = {
             "refills": "refill_seconds",
             "refill_microseconds": "refill_seconds",
+            "latency_buckets": "request_latency_seconds",
+            "latency_seconds": "request_latency_seconds",
             "connections_open": "connections",
         }.get(family, family)
         assert any(name.startswith(f"idalloc_{exposed}") for name in names), row

@@ -58,6 +58,9 @@ EXPOSED: Final[dict[str, set[str]]] = {
     "idalloc_refill_seconds_bucket": {"source", "le"},
     "idalloc_refill_seconds_sum": {"source"},
     "idalloc_refill_seconds_count": {"source"},
+    "idalloc_request_latency_seconds_bucket": {"le"},
+    "idalloc_request_latency_seconds_sum": set(),
+    "idalloc_request_latency_seconds_count": set(),
 }
 #: What Prometheus itself puts to them.
 TARGET_LABELS: Final = {"job", "instance"}

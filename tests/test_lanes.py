@@ -10,11 +10,18 @@ import trio
 import trio.testing
 
 from idalloc_tcp.lanes import FEW_BYTES, Rider, Sweep
+from idalloc_tcp.metrics import Metrics
+from idalloc_tcp.observation import Observer
 from idalloc_tcp.session import RECEIVE_BYTES
 from tests.lane import SLOW, Lane
 
 PATIENCE_SECONDS: Final = 10.0
 ASK: Final = b"ALLOC orders\n"
+
+
+def make_sweep() -> Sweep:
+    """One whose sessions answer for themselves."""
+    return Sweep(Observer(Metrics(), lambda _service: ""))
 
 
 @contextmanager
@@ -30,7 +37,7 @@ def sockets() -> Iterator[tuple[socket.socket, socket.socket]]:
 @asynccontextmanager
 async def sweeping() -> AsyncIterator[Sweep]:
     """A sweep at work."""
-    sweep = Sweep()
+    sweep = make_sweep()
     with trio.fail_after(PATIENCE_SECONDS):
         async with trio.open_nursery() as nursery:
             await nursery.start(sweep.run)
@@ -154,7 +161,7 @@ async def test_a_cancelled_ride_takes_nothing_more() -> None:
 
 async def test_a_flood_does_not_starve_anybody() -> None:
     """In one round a flooding client gets one chunk answered, and everybody else a turn."""
-    sweep = Sweep()
+    sweep = make_sweep()
     with sockets() as (ours, flooding), sockets() as (ours_too, polite):
         flood, calm = Lane(), Lane()
         async with trio.open_nursery() as nursery:
@@ -173,7 +180,7 @@ async def test_a_flood_does_not_starve_anybody() -> None:
 @pytest.mark.parametrize("size", [FEW_BYTES - 1, FEW_BYTES, FEW_BYTES + 1, RECEIVE_BYTES])
 async def test_a_chunk_of_any_size_is_received_as_one(size: int) -> None:
     """However large it is, up to the bound, a chunk is not torn at what is received at first."""
-    sweep = Sweep()
+    sweep = make_sweep()
     with sockets() as (ours, theirs):
         lane = Lane()
         said = (b"ALLOC orders_us\n" * size)[: size - 1] + b"\n"
@@ -203,7 +210,7 @@ async def test_a_rider_leaves_no_trace() -> None:
 def test_a_rider_says_when_it_does_not_ride() -> None:
     """To wake what does not sleep is a mistake in this program."""
     with sockets() as (ours, _theirs):
-        sweep = Sweep()
+        sweep = make_sweep()
         with pytest.raises(AssertionError):
             Rider(sweep, ours, Lane().session, 0.0).wake()
         sweep._epoll.close()

@@ -17,7 +17,17 @@ ORDER: Final = (
     *("errors", "names", "address", "kinds", "config", "metrics", "log", "protocol", "session"),
     *("limits", "express", "snapshot", "pool", "sizing", "recent", "underway", "backoff", "health"),
     *("garbage", "bridge", "ledger", "counter", "reservation", "sync", "fallback", "service"),
-    *("allocator", "stores", "lanes", "connection", "listeners", "server", "signals", "systemd"),
+    *(
+        "allocator",
+        "stores",
+        "observation",
+        "lanes",
+        "connection",
+        "listeners",
+        "server",
+        "signals",
+        "systemd",
+    ),
     *("reload", "client", "link", "workers", "admin", "assembly", "composition", "worker"),
     *("doctor", "top", "cli", "__main__"),
 )

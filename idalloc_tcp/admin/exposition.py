@@ -207,7 +207,8 @@ def _of_durations(rows: Rows) -> Iterator[Metric]:
     if "latency_buckets" in rows:
         latency = HistogramMetricFamily(
             "idalloc_request_latency_seconds",
-            "How long the requests that came in one read took to serve.",
+            "From when requests were heard to when they were answered; those of one round of the "
+            "sweep count as if each had taken as long as the round.",
         )
         seconds = number(rows, "latency_seconds_total")
         latency.add_metric([], _buckets(durations(rows, "latency_buckets")), seconds)
