@@ -7,10 +7,12 @@ it, and they take turns in accepting, with a pause in between.
 
 import logging
 import socket
-from collections.abc import Sequence
-from typing import Any, Final, cast, final
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, Final, final
 
 import attrs
+import h11
 import trio
 from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.config import Config
@@ -21,17 +23,21 @@ from hypercorn.typing import ASGIFramework, ConnectionState
 from idalloc_tcp import log
 from idalloc_tcp.listeners import Listener, close_listeners
 
+VERSIONS: Final = ("1.0", "1.1")
 CONNECTIONS_MAX: Final = 16
 #: Fifty connections a second, at most.
 ACCEPT_PAUSE_SECONDS: Final = 0.02
 #: A request that is longer is not heard to its end.
 REQUEST_BYTES_MAX: Final = 16_384
+REASON_CHARS_MAX: Final = 200
 #: How long a client may take to ask ...
 ASK_SECONDS: Final = 5.0
-#: ... and to read what it is sent next ...
+#: ... an answer to be made, of which some are profiles of a minute ...
+ANSWER_SECONDS: Final = 90.0
+#: ... a client to read each part of it ...
 SEND_SECONDS: Final = 5.0
-#: ... and for how long it may be connected: a profile takes a minute.
-CONNECTION_SECONDS: Final = 90.0
+#: ... and hypercorn to be done with a connection that is over.
+END_SECONDS: Final = 0.5
 
 
 async def serve(
@@ -89,19 +95,58 @@ class _Desks:
                 client.close()
 
     async def _serve(self, client: trio.socket.SocketType) -> None:
-        stream = BoundedStream(trio.SocketStream(client))
         context, state = WorkerContext(max_requests=None), ConnectionState({})
-        app: Any = ASGIWrapper(self._app)
         self._clients.add(client)
         try:
-            with trio.move_on_after(CONNECTION_SECONDS):
+            with trio.move_on_after(ASK_SECONDS) as patience:
+                once = _Once(self._app, patience)
+                stream: Any = BoundedStream(
+                    trio.SocketStream(client), once.hear_no_more, patience.cancel
+                )
+                app: Any = ASGIWrapper(once)
                 # One of hypercorn's inner parts, but the one that takes a stream of ours.
-                await TCPServer(app, self._config, context, state, cast(Any, stream))
-        except Exception:
-            log.sparingly(log.ERROR, "an admin request failed")
+                await TCPServer(app, self._config, context, state, stream)
+        except Exception as error:  # The client spoke in a way that hypercorn did not expect.
+            reason = repr(error)[:REASON_CHARS_MAX]
+            log.sparingly(log.WARNING, "an admin connection failed", reason=reason)
         finally:
             self._clients.discard(client)
             client.close()
+
+
+@final
+@attrs.define(eq=False)
+class _Once:
+    """An application for one request by HTTP/1; whatever else comes ends the connection.
+
+    Of hypercorn's other protocols one waits for clients that have left, without a bound.
+
+    Args:
+        patience: around all of the connection.
+    """
+
+    _app: Any
+    _patience: trio.CancelScope
+    _was_asked: bool = False
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if self._was_asked or scope["type"] != "http" or scope["http_version"] not in VERSIONS:
+            self._patience.cancel()
+            return
+
+        async def send_part(message: Any) -> None:
+            with suppress(h11.LocalProtocolError):  # The client has left, or talks nonsense.
+                await send(message)
+
+        self._was_asked = True
+        self._patience.deadline = trio.current_time() + ANSWER_SECONDS
+        await self._app(scope, receive, send_part)
+        self._patience.deadline = trio.current_time() + END_SECONDS
+
+    def hear_no_more(self) -> None:
+        """The client says nothing else; what it has just said may be on its way to us."""
+        if not self._was_asked:
+            self._patience.deadline = trio.current_time() + END_SECONDS
 
 
 @final
@@ -110,9 +155,15 @@ class BoundedStream:
     """A connection on which neither side can take for ever, or say too much.
 
     Hypercorn shields what it sends from being cancelled. Here that has a deadline.
+
+    Args:
+        on_end: is told when there is nothing more to receive ...
+        on_close: ... and when it is all over, which hypercorn's own timers do not notice.
     """
 
     _stream: trio.abc.HalfCloseableStream
+    _on_end: Callable[[], None]
+    _on_close: Callable[[], None]
     _received_bytes: int = 0
 
     @property
@@ -125,12 +176,18 @@ class BoundedStream:
         """As a stream does; its end, once the client has said too much."""
         data = bytes(await self._stream.receive_some(max_bytes))
         self._received_bytes += len(data)
-        return data if self._received_bytes <= REQUEST_BYTES_MAX else b""
+        if data and self._received_bytes <= REQUEST_BYTES_MAX:
+            return data
+        self._on_end()
+        return b""
 
     async def send_all(self, data: bytes) -> None:
         """As a stream does."""
         with trio.move_on_after(SEND_SECONDS) as patience:
-            await self._stream.send_all(data)
+            try:
+                await self._stream.send_all(data)
+            except trio.BusyResourceError:  # Another of hypercorn's tasks is hanging up.
+                raise trio.ClosedResourceError("the connection ends") from None
         if patience.cancelled_caught:
             raise trio.BrokenResourceError("it reads too slowly")
 
@@ -141,3 +198,4 @@ class BoundedStream:
     async def aclose(self) -> None:
         """As a stream does."""
         await self._stream.aclose()
+        self._on_close()

@@ -95,27 +95,21 @@ class Pages:
 
     async def __call__(self, scope: Scope, _receive: Receive, send: Send) -> None:
         """Answer one request, as ASGI has it."""
-        if scope["type"] != "http":
-            await send({"type": "websocket.close"})
-            return
         answer = await self._answer(scope)
         body = answer.body.encode() if isinstance(answer.body, str) else answer.body
         headers = {
             "content-type": answer.content_type,
             "content-length": str(len(body)),
             "cache-control": "no-store",
+            "connection": "close",
             "x-content-type-options": "nosniff",
             **answer.headers,
         }
-        if scope["http_version"].startswith("1"):
-            headers["connection"] = "close"
         fields = [(name.encode(), value.encode()) for name, value in headers.items()]
         await send({"type": "http.response.start", "status": answer.status, "headers": fields})
         await send({"type": "http.response.body", "body": body})
 
     async def _answer(self, scope: Scope) -> Answer:
-        if scope["http_version"] not in ("1.0", "1.1"):
-            return Answer("HTTP/1.1 is spoken here.\n", status=505)
         if scope["method"] not in ("GET", "HEAD"):
             only = {"allow": "GET, HEAD"}
             return Answer("There is nothing here but to look at.\n", status=405, headers=only)
