@@ -13,7 +13,7 @@ from typing import Protocol, final
 
 import attrs
 
-from idalloc_tcp.errors import RateLimited
+from idalloc_tcp.errors import IdallocError, RateLimited
 from idalloc_tcp.limits import RateLimiter
 from idalloc_tcp.metrics import Metrics
 from idalloc_tcp.protocol import KnownLine, err
@@ -21,6 +21,9 @@ from idalloc_tcp.protocol import KnownLine, err
 
 class Supply(Protocol):
     """The IDs of one service."""
+
+    #: Requests that were served; `take` counts one.
+    requests_served: int
 
     def take(self, count: int) -> int | None:
         """The first of `count` contiguous IDs; None if they must be waited for."""
@@ -52,10 +55,10 @@ class Express:
 
         b"", and nothing done, for a chunk that has to go the long way.
         """
-        known_lines, supplies, limiter = self._known.get, self._supplies.get, self.limiter
+        if self.limiter is not None:
+            return self._answer_limited(chunks, self.limiter)
+        known_lines, supplies = self._known.get, self._supplies.get
         replies, requests, ids = [], 0, 0
-        #: Milliseconds until a service may have more. Between two chunks no time passes.
-        hasty: dict[str, int] = {}
         for data in chunks:
             known = known_lines(data)
             if known is None:
@@ -63,18 +66,39 @@ class Express:
                 continue
             # By far the most common case, so there is nothing in it that is not needed.
             supply, count = supplies(known.service), known.count
+            try:
+                first = None if supply is None else supply.take(count)
+            except IdallocError:
+                first = None
+            if first is None:
+                replies.append(b"")
+            else:
+                requests += 1
+                ids += count
+                replies.append(known.reply % first)
+        self._count(requests, ids)
+        return replies
+
+    def _answer_limited(self, chunks: Iterable[bytes], limiter: RateLimiter) -> list[bytes]:
+        replies = []
+        #: Milliseconds until a service may have more. Between two chunks no time passes.
+        hasty: dict[str, int] = {}
+        for data in chunks:
+            known = self._known.get(data)
+            if known is None:
+                replies.append(self._answer_lines(data))
+                continue
+            supply, count = self._supplies.get(known.service), known.count
             if supply is None or not supply.has_run(count):
                 replies.append(b"")
             elif known.service in hasty:
                 replies.append(self._refuse(known, 1, hasty[known.service]))
-            elif limiter is not None and not limiter.admit(known.service, 1, count):
+            elif limiter.admit(known.service, 1, count):
+                self._count(1, count)
+                replies.append(known.reply % supply.take(count))
+            else:
                 hasty[known.service] = wait_ms = limiter.wait_ms(known.service)
                 replies.append(self._refuse(known, 1, wait_ms))
-            else:
-                requests += 1
-                ids += count
-                replies.append(known.reply % supply.take(count))
-        self._count(requests, ids)
         return replies
 
     def close(self) -> None:
@@ -106,6 +130,7 @@ class Express:
         ids = served * count
         first = supply.take(ids)
         assert first is not None, "it was looked before"
+        supply.requests_served += served - 1
         self._count(served, ids)
         replies = known.reply * served % tuple(range(first, first + ids, count))
         if served < asked:
@@ -113,28 +138,25 @@ class Express:
         return replies
 
     def _answer_each(self, lines: Sequence[KnownLine]) -> bytes:
-        wanted: dict[str, int] = {}
+        total = sum([known.count for known in lines])
+        supplies: dict[str, Supply] = {}
         for known in lines:
-            wanted[known.service] = wanted.get(known.service, 0) + known.count
-        supplies = {service: self._supplies.get(service) for service in wanted}
-        for service, supply in supplies.items():
-            if supply is None or not supply.has_run(wanted[service]):
-                return b""
-        if self.limiter is not None:
-            requests = Counter(known.service for known in lines)
-            if not self.limiter.admit_all(requests, wanted):
-                return b""
-        self._count(len(lines), sum(wanted.values()))
-        upcoming = {
-            service: supply.take(wanted[service]) for service, supply in supplies.items() if supply
-        }
-        firsts = []
-        for known in lines:
-            first = upcoming[known.service]
-            assert first is not None, "it was looked before"
-            upcoming[known.service] = first + known.count
-            firsts.append(first)
+            if known.service not in supplies:
+                supply = self._supplies.get(known.service)
+                if supply is None or not supply.has_run(total):
+                    return b""
+                supplies[known.service] = supply
+        if self.limiter is not None and not self._admit(self.limiter, lines):
+            return b""
+        self._count(len(lines), total)
+        firsts = [supplies[known.service].take(known.count) for known in lines]
         return b"".join([known.reply for known in lines]) % tuple(firsts)
+
+    def _admit(self, limiter: RateLimiter, lines: Sequence[KnownLine]) -> bool:
+        ids = dict.fromkeys([known.service for known in lines], 0)
+        for known in lines:
+            ids[known.service] += known.count
+        return limiter.admit_all(Counter(known.service for known in lines), ids)
 
     def _refuse_hasty(self, known: KnownLine, times: int) -> bytes:
         assert self.limiter is not None

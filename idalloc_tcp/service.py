@@ -50,6 +50,8 @@ class Service:
     trouble: Unavailable | Exhausted | None = attrs.field(init=False, default=None)
     #: Which stores the last fetch asked, and how long each took, in words.
     last_refill: str = attrs.field(init=False, default="")
+    #: Who serves many requests by one `take` adds the others.
+    requests_served: int = attrs.field(init=False, default=0)
     #: IDs that requests are waiting for.
     waiting_ids: int = attrs.field(init=False, default=0)
     #: Is a segment on its way? (Not so in the pause after a failure.)
@@ -79,6 +81,8 @@ class Service:
             if first is None and self.trouble is not None:
                 # A new one each time: an exception that is raised again grows its traceback.
                 raise type(self.trouble)(*self.trouble.args)
+        if first is not None:
+            self.requests_served += 1
         return first
 
     def has_run(self, ids: int) -> bool:
@@ -134,6 +138,7 @@ class Service:
     def rows(self) -> Iterator[Row]:
         """What STATS says of it."""
         yield "remaining_ids", self.pool.remaining
+        yield "requests", self.requests_served
         yield "served_ids", self.pool.served_ids
         yield "last_served", self.pool.served_through
         yield "segment_size", self.demand.size

@@ -109,12 +109,13 @@ class Lane:
 
 
 @final
-@attrs.frozen
+@attrs.define(eq=False)
 class Supply:
     """The IDs of one service of a lane."""
 
     lane: Lane
     service: str
+    requests_served: int = 0
 
     def take(self, count: int) -> int | None:
         """The first of `count` IDs, if they need no waiting for."""

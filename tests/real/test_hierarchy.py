@@ -303,7 +303,7 @@ def test_the_table_has_to_be_made(
         LineClient.connect(server) as client,
     ):
         assert refusal(client)[0].startswith("ERR unavailable ")
-        assert "run `idalloc-tcp init-db`" in "".join(server.lines)
+        eventually(lambda: "run `idalloc-tcp init-db`" in "".join(server.lines), RECOVERY_SECONDS)
         for _ in range(2):
             done = run_command("init-db", "--mysql", mysql_url(mariadb_database))
             assert (done.returncode, done.stderr) == (0, "")
