@@ -39,6 +39,7 @@ class Variant:
 
     name: str
     flags: Sequence[str]
+    is_scraped: bool = False
 
 
 @final
@@ -60,9 +61,9 @@ QUICK: Final = Plan((Shape(64, 1), Shape(64, 16), MIXED), 1, warm_seconds=0.05, 
 
 STREAM_LANE: Final = "stream lane"
 RATE_LIMITED: Final = "rate limits"
-#: Two names to come, whose ratio is the price of watching and guarding.
+#: Rate limits, and admin pages that are asked for metrics every second. Deadlines and counters are
+#: always on, and a trace costs who sends one.
 GUARDED: Final = "everything on"
-BARE: Final = "everything off"
 #: Limits that nobody reaches are looked at all the same.
 _RATE_LIMITS: Final = (
     *("--rate-limit-qps", "1000000000", "--rate-limit-ids", "1000000000"),
@@ -72,6 +73,7 @@ _RATE_LIMITS: Final = (
 VARIANTS: Final = (
     Variant(STREAM_LANE, ("--lane", "stream")),
     Variant(RATE_LIMITED, _RATE_LIMITS),
+    Variant(GUARDED, (*_RATE_LIMITS, "--admin", "127.0.0.1:0"), is_scraped=True),
 )
 VARIANT_SHAPES: Final = (Shape(64, 1), Shape(64, 16))
 
@@ -85,7 +87,7 @@ _LIMIT_TO_C_ECHO: Final = 1.6
 _LIMIT_OF_GUARDING: Final = 1.1
 #: What is compared: with it, and without.
 _GUARDS: Final = (
-    ("metrics, limits, deadlines and tracing", GUARDED, BARE),
+    ("metrics, limits, deadlines and tracing", GUARDED, peers.OURS),
     ("rate limits alone", RATE_LIMITED, peers.OURS),
 )
 
@@ -241,7 +243,11 @@ def run(options: Options) -> Report:
         generator = stack.enter_context(open_generator(options.generator))
         ours = opener.open(peers.open_ours(*options.server_flags))
         variants = [
-            opener.open(peers.open_ours(*options.server_flags, *one.flags, name=one.name))
+            opener.open(
+                peers.open_ours(
+                    *options.server_flags, *one.flags, name=one.name, is_scraped=one.is_scraped
+                )
+            )
             for one in VARIANTS
         ]
         redis = opener.open(peers.open_redis())

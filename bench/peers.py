@@ -3,8 +3,10 @@
 import subprocess
 import sys
 import tempfile
+import threading
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Final, final
 
@@ -25,6 +27,10 @@ TRIO_ECHO: Final = "Trio stream echo"
 C_ECHO: Final = "C epoll echo"
 #: What this server is compared with.
 REFERENCES: Final = (REDIS, REDIS_RESP, MARIADB, TRIO_ECHO, C_ECHO)
+
+#: How often a server that is watched is asked for its metrics, and how long it may take to answer.
+SCRAPE_SECONDS: Final = 1.0
+SCRAPE_TIMEOUT_SECONDS: Final = 5.0
 
 #: As many sequences are in use wherever a command does not say otherwise.
 SERVICES: Final = tuple(f"svc{number}" for number in range(16))
@@ -89,13 +95,36 @@ def as_peer(server: ServerProcess, name: str = OURS) -> Peer:
 
 
 @contextmanager
-def open_ours(*flags: str, name: str = OURS) -> Iterator[Peer]:
-    """This server, on an SQLite file of its own."""
+def open_ours(*flags: str, name: str = OURS, is_scraped: bool = False) -> Iterator[Peer]:
+    """This server, on an SQLite file of its own.
+
+    Args:
+        is_scraped: have its admin pages asked for metrics every second.
+    """
     with (
         tempfile.TemporaryDirectory(prefix="idalloc-bench-") as folder,
         ServerProcess.start(*flags, data=Path(folder) / "ids.sqlite3") as server,
+        _scraping(server) if is_scraped else nullcontext(),
     ):
         yield as_peer(server, name)
+
+
+@contextmanager
+def _scraping(server: ServerProcess) -> Iterator[None]:
+    url, is_over = f"http://{server.admin}/metrics", threading.Event()
+
+    def scrape() -> None:
+        while not is_over.wait(SCRAPE_SECONDS):
+            with urllib.request.urlopen(url, timeout=SCRAPE_TIMEOUT_SECONDS) as answer:
+                answer.read()
+
+    scraper = threading.Thread(target=scrape)
+    scraper.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        scraper.join()
 
 
 def _pid(server: LocalServer) -> int:

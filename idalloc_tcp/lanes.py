@@ -23,8 +23,9 @@ import trio
 from idalloc_tcp.observation import Observer
 from idalloc_tcp.session import RECEIVE_BYTES, Session
 
-#: Sockets served in one round; the kernel hands out those beyond it first the next time.
-ROUND_SOCKETS_MAX: Final = 1024
+#: Sockets served in one round, so that the first reply of it is not kept waiting by many others.
+#: The kernel hands out those beyond it first the next time.
+ROUND_SOCKETS_MAX: Final = 128
 #: Rounds go on for so long while there is something to do, before other tasks have their turn.
 SWEEP_SECONDS: Final = 0.004
 
