@@ -10,7 +10,6 @@ import attrs
 
 from idalloc_tcp import log
 from idalloc_tcp.allocator import Allocator, AllocatorPolicy
-from idalloc_tcp.config import Settings
 from idalloc_tcp.connection import ConnectionLimits, Gather
 from idalloc_tcp.fallback import random_range
 from idalloc_tcp.lanes import HAS_EPOLL
@@ -19,6 +18,7 @@ from idalloc_tcp.metrics import Metrics
 from idalloc_tcp.pool import MAX_ID
 from idalloc_tcp.server import Server, ServerLimits
 from idalloc_tcp.session import Fallback, no_fallback
+from idalloc_tcp.settings import Settings
 from idalloc_tcp.sizing import SizePolicy
 from idalloc_tcp.stores import Stores, open_stores
 

@@ -12,7 +12,6 @@ import trio
 
 from idalloc_tcp import __version__, log
 from idalloc_tcp.assembly import RELOADABLE, Parts, apply, open_server, share_of
-from idalloc_tcp.config import Settings
 from idalloc_tcp.errors import Busy
 from idalloc_tcp.link import Link, Message, Query
 from idalloc_tcp.listeners import (
@@ -26,6 +25,7 @@ from idalloc_tcp.log import Repeats
 from idalloc_tcp.metrics import Row
 from idalloc_tcp.reload import Reload
 from idalloc_tcp.server import Server
+from idalloc_tcp.settings import Settings
 from idalloc_tcp.signals import Action, act_on_signals, stop_on_signals
 from idalloc_tcp.snapshot import Snapshot
 from idalloc_tcp.stores import mysql_url

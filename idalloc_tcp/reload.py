@@ -7,8 +7,8 @@ import attrs
 import trio
 
 from idalloc_tcp import log
-from idalloc_tcp.config import Settings
 from idalloc_tcp.errors import SettingsError
+from idalloc_tcp.settings import Settings
 
 
 @final

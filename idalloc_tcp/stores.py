@@ -14,7 +14,6 @@ import trio
 
 from idalloc_tcp import log
 from idalloc_tcp.allocator import Source
-from idalloc_tcp.config import Settings
 from idalloc_tcp.counter import Counter
 from idalloc_tcp.errors import SettingsError, Unavailable
 from idalloc_tcp.health import Health
@@ -23,6 +22,7 @@ from idalloc_tcp.ledger.mysql_url import MysqlUrl
 from idalloc_tcp.metrics import Metrics, Row
 from idalloc_tcp.pool import Segment
 from idalloc_tcp.reservation import CounterPolicy, CounterReservation, Reservation
+from idalloc_tcp.settings import Settings
 from idalloc_tcp.sync import Sync, SyncPolicy
 
 #: How long the tasks that are queued may take when stopping.

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import trio
 
 from idalloc_tcp import composition
-from idalloc_tcp.config import Settings
 from idalloc_tcp.errors import SettingsError, StartRefused
 from idalloc_tcp.link import Link
 from idalloc_tcp.listeners import Listener
+from idalloc_tcp.settings import Settings
 from idalloc_tcp.workers import refusal_message
 
 

@@ -22,10 +22,10 @@ import trio
 
 from idalloc_tcp import errors, log
 from idalloc_tcp.backoff import Backoff
-from idalloc_tcp.config import Settings
 from idalloc_tcp.errors import IdallocError, StartRefused
 from idalloc_tcp.link import Link, Message, Query
 from idalloc_tcp.listeners import Listener, close_listeners
+from idalloc_tcp.settings import Settings
 from idalloc_tcp.snapshot import Rows, Snapshot, busiest, merge
 
 #: A worker that does not answer within this time is left out of what is gathered.

@@ -14,20 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from idalloc_tcp import config, kinds
+from idalloc_tcp import settings as settings_module
 from idalloc_tcp.address import TcpAddress, UnixAddress
-from idalloc_tcp.config import (
-    Fallback,
-    Flag,
-    Lane,
-    Loaded,
-    LogFormat,
-    LogLevel,
-    Settings,
-    load,
-    setting,
-)
+from idalloc_tcp.config import Flag, Loaded, load
 from idalloc_tcp.errors import SettingsError
 from idalloc_tcp.pool import MAX_ID
+from idalloc_tcp.settings import Fallback, Lane, LogFormat, LogLevel, Settings, setting
 
 NAMES: Final = [field.name for field in attrs.fields(Settings)]
 
@@ -477,7 +469,8 @@ class Switches:
 
 def test_switches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A yes-or-no setting has the flags --x and --no-x, and true and false elsewhere."""
-    monkeypatch.setattr(config, "Settings", Switches)
+    for module in (config, settings_module):
+        monkeypatch.setattr(module, "Settings", Switches)
     loaded: Any = load(parse("--fast", "--no-safe"), None, {})
     assert loaded.settings == Switches(fast=True, safe=False)
     assert loaded.sources == {"fast": "flag --fast", "safe": "flag --no-safe"}

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from idalloc_tcp import assembly
-from idalloc_tcp.config import Settings
 from idalloc_tcp.fallback import LOWEST, random_range
 from idalloc_tcp.pool import MAX_ID
+from idalloc_tcp.settings import Settings
 
 COUNT_MAX = 10_000_000
 

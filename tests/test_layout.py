@@ -14,7 +14,8 @@ ROOT: Final = Path(idalloc_tcp.__file__).parent
 
 #: Every module and sub-package, in the only direction in which imports may point: to the left.
 ORDER: Final = (
-    *("errors", "names", "address", "kinds", "config", "metrics", "log", "protocol", "session"),
+    *("errors", "names", "address", "kinds", "settings", "config", "metrics", "log"),
+    *("protocol", "session"),
     *("limits", "express", "snapshot", "pool", "sizing", "recent", "underway", "backoff", "health"),
     *("garbage", "bridge", "ledger", "counter", "reservation", "sync", "fallback", "service"),
     *(
@@ -37,7 +38,8 @@ ALLOCATING: Final = frozenset(ORDER[ORDER.index("pool") : ORDER.index("stores")]
 
 #: What must be usable, and testable, without an event loop or a store.
 PURE: Final = (
-    *("errors", "names", "address", "kinds", "config", "metrics", "log", "protocol", "session"),
+    *("errors", "names", "address", "kinds", "settings", "config", "metrics", "log"),
+    *("protocol", "session"),
     *("limits", "express", "snapshot", "pool", "sizing", "recent", "backoff", "fallback"),
 )
 IMPURE_PACKAGES: Final = frozenset({"trio", "trio_asyncio", "asyncio", "redis", "asyncmy"})
@@ -117,7 +119,7 @@ def test_the_embedded_server_loads_no_driver() -> None:
 import sys, tempfile, trio
 from pathlib import Path
 from idalloc_tcp import cli, composition
-from idalloc_tcp.config import Settings
+from idalloc_tcp.settings import Settings
 from idalloc_tcp.metrics import Metrics
 from idalloc_tcp.stores import open_stores
 

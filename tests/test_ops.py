@@ -14,7 +14,7 @@ import pytest
 
 from idalloc_tcp import cli, config, workers
 from idalloc_tcp.address import parse_address
-from idalloc_tcp.config import Settings
+from idalloc_tcp.settings import Settings
 
 ROOT: Final = Path(__file__).parent.parent
 OPS: Final = ROOT / "ops"

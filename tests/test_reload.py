@@ -9,9 +9,9 @@ import attrs
 import pytest
 
 from idalloc_tcp.assembly import RELOADABLE
-from idalloc_tcp.config import Settings
 from idalloc_tcp.errors import SettingsError
 from idalloc_tcp.reload import Reload
+from idalloc_tcp.settings import Settings
 
 
 @attrs.define(eq=False)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from idalloc_tcp.config import Settings
 from idalloc_tcp.errors import SettingsError, StartRefused
 from idalloc_tcp.metrics import Metrics
 from idalloc_tcp.pool import Segment
+from idalloc_tcp.settings import Settings
 from idalloc_tcp.stores import mysql_url, open_stores
 
 MYSQL = "mysql://u:s3cret@127.0.0.1:1/ids"

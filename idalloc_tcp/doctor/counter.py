@@ -11,10 +11,10 @@ from redis.asyncio import Redis
 from redis.exceptions import NoPermissionError
 
 from idalloc_tcp.bridge import run_unit
-from idalloc_tcp.config import Settings
 from idalloc_tcp.counter.redis import DRIVER_ERRORS, connect
 from idalloc_tcp.doctor.finding import Outcome, Report, fail, ok, perform, warn
 from idalloc_tcp.errors import SettingsError, Unavailable
+from idalloc_tcp.settings import Settings
 
 _T = TypeVar("_T")
 

@@ -12,12 +12,12 @@ import asyncmy
 import attrs
 
 from idalloc_tcp.bridge import run_unit
-from idalloc_tcp.config import Settings
 from idalloc_tcp.doctor.finding import Outcome, Report, fail, ok, perform, warn
 from idalloc_tcp.errors import Unavailable
 from idalloc_tcp.ledger import CLOSED
 from idalloc_tcp.ledger.mysql import CREATE_TABLE, DRIVER_ERRORS, TIMEOUT_SECONDS
 from idalloc_tcp.ledger.mysql_url import MysqlUrl
+from idalloc_tcp.settings import Settings
 
 _T = TypeVar("_T")
 _Rows = list[tuple[Any, ...]]

@@ -6,13 +6,13 @@ from typing import Any, Final
 import pytest
 
 from idalloc_tcp.bridge import asyncio_loop
-from idalloc_tcp.config import Settings
 from idalloc_tcp.doctor.counter import SCAN_KEYS, examine_counter
 from idalloc_tcp.doctor.database import examine_database
 from idalloc_tcp.doctor.finding import CHECK_SECONDS, Finding, Verdict
 from idalloc_tcp.ledger import CLOSED
 from idalloc_tcp.ledger.mysql import CREATE_TABLE
 from idalloc_tcp.ledger.mysql_url import MysqlUrl
+from idalloc_tcp.settings import Settings
 from tests.real.mariadb_server import MariaDbServer
 from tests.real.redis_server import RedisServer
 from tests.real.serving import run_command

@@ -4,13 +4,15 @@ from typing import Final
 
 import pytest
 
+from tests.conftest import VARIANTS
 from tests.real.storm.__main__ import storm
 
 SECONDS: Final = 17.0
 
 
+@pytest.mark.parametrize("serving_variant", VARIANTS, indirect=True)
 # They know what to do where no such server is installed.
-@pytest.mark.usefixtures("shared_mariadb_server", "redis_server")
+@pytest.mark.usefixtures("shared_mariadb_server", "redis_server", "serving_variant")
 async def test_a_short_storm_leaves_no_damage() -> None:
     """Under load and fault after fault, nothing repeats, order holds, and the ledger leads.
 
