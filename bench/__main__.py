@@ -10,7 +10,7 @@ from typing import Final
 
 from bench import cost, growth, latency, refill, soak, workers
 from bench.generator import KINDS, GeneratorFailed
-from bench.report import RESULTS, Options, Report
+from bench.report import Options, Report
 from tests.real.process import MissingServer, StartFailed
 
 COMMANDS: Final[Mapping[str, Callable[[Options], Report]]] = {
@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
             metavar="FLAGS",
             help="for this server, in one argument: --server-flags='--log-level error'",
         )
-        one.add_argument("--results", type=Path, default=RESULTS, help="where the files go")
+        one.add_argument("--results", type=Path, help="where the files go: bench/results")
         if name == "soak":
             one.add_argument("--minutes", type=float, default=4.0, help="how long")
     return parser
@@ -55,7 +55,7 @@ def main() -> int:
     run = COMMANDS[arguments.pop("command")]
     options = Options(**arguments)
     try:
-        run(options).publish(options.results)
+        run(options).publish(options)
     except (GeneratorFailed, MissingServer, StartFailed) as error:
         print(error, file=sys.stderr)
         return 1

@@ -35,13 +35,14 @@ class Options:
         quick: a smoke test: every part runs, and no number means anything.
         generator: one of `bench.generator.KINDS`.
         server_flags: further ones for this server.
+        results: where the files go; unset, to `RESULTS`, but those of a smoke test nowhere.
         minutes: how long `soak` goes on.
     """
 
     quick: bool = False
     generator: str = "auto"
     server_flags: Sequence[str] = ()
-    results: Path = RESULTS
+    results: Path | None = None
     minutes: float = 4.0
 
 
@@ -65,12 +66,16 @@ class Report:
     samples: Any = attrs.field(factory=dict)
     notes: Sequence[str] = ()
 
-    def publish(self, folder: Path) -> None:
+    def publish(self, options: Options) -> None:
         """Print it, and write `<command>.json` and `<command>.png`."""
         tables = [*self.tables, *([target_table(self.targets)] if self.targets else [])]
         print("\n\n".join(map(str, tables)))
         for note in self.notes:
             print(f"* {note}")
+        folder = options.results or RESULTS
+        if options.quick and options.results is None:
+            print("* a smoke test: no number above means anything, and nothing was written")
+            return
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.command}.json"
         path.write_text(json.dumps(self.as_json(), indent=1, default=_plain) + "\n")

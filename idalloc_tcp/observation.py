@@ -50,8 +50,9 @@ class Observer:
                 "reply": one.reply.decode(),
                 "lane": lane,
                 "took_ms": round(seconds * 1000, 3),
-                "pool": "empty" if one.has_waited else "hit",
             }
+            if one.is_served:
+                fields["pool"] = "empty" if one.has_waited else "hit"
             if one.has_waited:
                 fields["refill"] = self._refill_of(request.service)
             log.sparingly(log.INFO, "traced", LINES_MAX, **fields)

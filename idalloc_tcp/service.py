@@ -48,6 +48,8 @@ class Service:
     #: Why the last fetch failed; whoever finds the pool empty is told so at once, until a pause
     #: has passed in which nobody asked.
     trouble: Unavailable | Exhausted | None = attrs.field(init=False, default=None)
+    #: The code of the last fetch if it failed, or "none".
+    last_failure: str = attrs.field(init=False, default="none")
     #: Which stores the last fetch asked, and how long each took, in words.
     last_refill: str = attrs.field(init=False, default="")
     #: Who serves many requests by one `take` adds the others.
@@ -114,7 +116,7 @@ class Service:
                 segment = await reserve(self.name, size)
             except (Unavailable, Exhausted) as error:
                 has_failed = True
-                self.last_refill = f"{error.code}: {', '.join(map(str, calls))}"
+                self.last_refill = ", ".join(map(str, [error.code, *calls]))
                 self._fail(error)
                 await self._pause(backoff.next_seconds())
                 if not self._is_rung:
@@ -147,7 +149,7 @@ class Service:
         if self.demand.rate:
             yield "cover_seconds", round(self.pool.remaining / self.demand.rate, 1)
         yield "waiting_ids", self.waiting_ids
-        yield "trouble", self.trouble.code if self.trouble else "none"
+        yield "trouble", self.last_failure
 
     def _collect(self) -> None:
         with suppress(trio.WouldBlock):
@@ -174,7 +176,7 @@ class Service:
 
     def _deliver(self, segment: Segment) -> None:
         self.is_fetching = False
-        self.trouble = None
+        self.trouble, self.last_failure = None, "none"
         self._is_rung = False
         self.pool.low_water = self.demand.low_water
         self._channel[0].send_nowait(segment)
@@ -182,7 +184,7 @@ class Service:
     def _fail(self, error: Unavailable | Exhausted) -> None:
         """Tell who waits. Only another request is worth another look at the store."""
         self.is_fetching = False
-        self.trouble = error
+        self.trouble, self.last_failure = error, error.code
         self._is_rung = False
         if self._channel[0].statistics().tasks_waiting_receive:
             self._channel[0].send_nowait(None)

@@ -89,6 +89,11 @@ class Traced:
     reply: bytes
     has_waited: bool
 
+    @property
+    def is_served(self) -> bool:
+        """Did it get IDs of the service?"""
+        return self.reply.startswith(b"OK")
+
 
 @final
 @attrs.define(eq=False)

@@ -276,13 +276,15 @@ class Settings:
         0,
         integer(0, 1_000_000_000),
         _RATES,
-        "How many ALLOCs a second are served, of all services together; 0 is no limit.",
+        "How many ALLOCs a second are served, of all services together; a tenth of that may come "
+        "at once; 0 is no limit.",
     )
     rate_limit_ids: int = setting(
         0,
         integer(0, 1_000_000_000_000),
         _RATES,
-        "How many IDs a second are given away, of all services together; 0 is no limit.",
+        "How many IDs a second are given away, of all services together; a larger request is "
+        "served, and those after it wait; 0 is no limit.",
     )
     service_rate_limit_qps: int = setting(
         0,

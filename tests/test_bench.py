@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from bench import cost, peers
 from bench.generator import GeneratorFailed, Load, Sample, open_generator
 from bench.python_generator import Schedule
-from bench.report import Report
+from bench.report import Options, Report
 from bench.soak import Moment, count_duplicates, quarter_growth
 from bench.table import Spread, Table, Target, percentile, ratio
 from bench.workers import worker_counts
@@ -116,7 +116,7 @@ def test_cost_runs_to_its_end(tmp_path: Path) -> None:
         samples = cost.measure(generator, [ours, echo], None, plan)
     assert all(sample.requests and sample.cpu_seconds for [sample] in samples.values())
     report = Report("cost", {}, draw=lambda figure: None, tables=cost.tables(samples, plan.shapes))
-    report.publish(tmp_path)
+    report.publish(Options(results=tmp_path))
     assert json.loads((tmp_path / "cost.json").read_text())["tables"][0]["rows"]
 
 

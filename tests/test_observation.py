@@ -58,7 +58,8 @@ async def test_a_traced_request_that_is_refused_is_logged_too(
     [way] = ways(caplog)
     assert reply.startswith(b"ERR unavailable")
     assert way["reply"] == reply.decode().strip()
-    assert str(way["refill"]).startswith("unavailable: ledger ")
+    assert "pool" not in way
+    assert str(way["refill"]).startswith("unavailable, ledger ")
 
 
 def test_a_flood_of_traces_does_not_fill_the_log() -> None:

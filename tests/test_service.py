@@ -425,4 +425,7 @@ async def test_rows_say_what_is_going_on(autojump_clock: MockClock) -> None:
             await take_or_wait(service, 5_000)
         assert dict(service.rows())["trouble"] == "unavailable"
         await trio.sleep(4 * LONGEST_SECONDS)
+        assert dict(service.rows())["trouble"] == "unavailable", "nothing has come since"
+        source.trouble = None
+        await service.wait(5_000)
         assert dict(service.rows())["trouble"] == "none"
