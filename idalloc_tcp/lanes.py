@@ -154,8 +154,13 @@ class Rider:
         self.room = FEW_BYTES
         self._sweep.enter(self, self._socket.fileno())
         await trio.lowlevel.wait_task_rescheduled(self._abort)
-        if self._error is not None:
-            raise self._error
+        error, self._error = self._error, None
+        try:
+            if error is not None:
+                raise error
+        finally:
+            # Its traceback holds this frame: a ring, and those put away no collector sees.
+            del error
 
     def receive_more(self) -> bytes:
         """What came beyond the first `room` bytes, up to `RECEIVE_BYTES` with them."""

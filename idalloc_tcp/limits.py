@@ -17,8 +17,10 @@ from idalloc_tcp.errors import RateLimited
 #: A bucket holds what its rate gives in so many seconds: enough for clients that come together,
 #: and too little to count against a rate that is measured over a second or more.
 BURST_SECONDS: Final = 0.1
-#: Services whose buckets are remembered; beyond it the one made first is forgotten, and is full.
+#: Services whose buckets are remembered; beyond it one that is full is forgotten, and
+#: without one close at hand the newcomers share theirs.
 SERVICES_MAX: Final = 100_000
+LOOKS_MAX: Final = 8
 #: To refuse has to be cheap: the log hears of it only once in so many seconds.
 NOTE_SECONDS: Final = 1.0
 
@@ -84,6 +86,11 @@ class Bucket:
         """How long until it holds anything, from when it was last filled."""
         return -self.level / self._rate
 
+    def is_full(self) -> bool:
+        """Would a new one hold no more?"""
+        self._fill()
+        return self.level >= self._full
+
     def _fill(self) -> None:
         now = self._clock()
         level = self.level + (now - self._filled_at) * self._rate
@@ -106,12 +113,15 @@ class RateLimiter:
     _limits_services: bool = attrs.field(init=False, default=False)
     #: By service: its own.
     _services: dict[str, tuple[Bucket, ...]] = attrs.field(init=False, factory=dict)
+    #: Of all for which there is no room.
+    _others: tuple[Bucket, ...] = attrs.field(init=False, default=())
     _note_again_at: float = attrs.field(init=False, default=0.0)
 
     def __attrs_post_init__(self) -> None:
         limits = self._limits
         self._server = self._buckets(limits.requests, limits.ids)
         self._limits_services = bool(limits.service_requests or limits.service_ids)
+        self._others = self._new()
 
     def admit(self, service: str, times: int, count: int) -> int:
         """How many of so many requests for `count` IDs each may be served; they are paid for."""
@@ -176,11 +186,24 @@ class RateLimiter:
         """Those of a service alone; none if only the server is limited."""
         buckets = self._services.get(service)
         if buckets is None and self._limits_services:
-            if len(self._services) >= SERVICES_MAX:
-                del self._services[next(iter(self._services))]
-            buckets = self._buckets(self._limits.service_requests, self._limits.service_ids)
+            if len(self._services) >= SERVICES_MAX and not self._forget_one():
+                return self._others
+            buckets = self._new()
             self._services[service] = buckets
         return buckets or ()
+
+    def _forget_one(self) -> bool:
+        """Make room, but not by forgetting what a service owes."""
+        for _ in range(LOOKS_MAX):
+            name = next(iter(self._services))
+            buckets = self._services.pop(name)
+            if all(bucket.is_full() for bucket in buckets):
+                return True
+            self._services[name] = buckets
+        return False
+
+    def _new(self) -> tuple[Bucket, ...]:
+        return self._buckets(self._limits.service_requests, self._limits.service_ids)
 
     def _buckets(self, requests: int, ids: int) -> tuple[Bucket, ...]:
         rates = ((requests, False), (ids, True))

@@ -184,7 +184,8 @@ class Service:
     def _fail(self, error: Unavailable | Exhausted) -> None:
         """Tell who waits. Only another request is worth another look at the store."""
         self.is_fetching = False
-        self.trouble, self.last_failure = error, error.code
+        # Without its traceback, which holds frames that hold this service.
+        self.trouble, self.last_failure = type(error)(*error.args), error.code
         self._is_rung = False
         if self._channel[0].statistics().tasks_waiting_receive:
             self._channel[0].send_nowait(None)

@@ -1,14 +1,15 @@
 """What has come to stay is out of the garbage collector's sight."""
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 
 import pytest
 import trio
 
 from idalloc_tcp.address import TcpAddress
 from idalloc_tcp.garbage import NEWCOMERS_MAX, Residents
-from tests.serving import serving
+from tests.serving import serving, until
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +43,25 @@ async def test_connections_leave_nothing_for_the_collector() -> None:
                 await stream.send_all(said)
                 await stream.receive_some()
 
+        async def reset() -> None:
+            peer = await running.connect()
+            assert await peer.ask(b"PING\n") == b"OK PONG\n"
+            peer.reset()
+
+        async def check(action: Callable[[], Awaitable[None]], what: bytes) -> None:
+            await action()
+            gc.collect()
+            gc.disable()
+            try:
+                for _ in range(10):
+                    await action()
+                await until(lambda: running.metrics.connections_open == 0)
+                await trio.sleep(0.01)
+                assert gc.collect() == 0, what
+            finally:
+                gc.enable()
+
+        await check(reset, b"a reset")
         for said in (
             b"PING\n",
             b"NONSENSE\n",
@@ -49,13 +69,4 @@ async def test_connections_leave_nothing_for_the_collector() -> None:
             b"QUIT\n",
             b"GET / HTTP/1.1\n",
         ):
-            await talk(said)
-            gc.collect()
-            gc.disable()
-            try:
-                for _ in range(10):
-                    await talk(said)
-                await trio.sleep(0.01)
-                assert gc.collect() == 0, said
-            finally:
-                gc.enable()
+            await check(partial(talk, said), said)

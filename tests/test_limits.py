@@ -121,10 +121,25 @@ def test_refusals_are_told_to_the_log_once_a_second(caplog: pytest.LogCaptureFix
 def test_few_services_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many names come, the buckets stay within their bound."""
     monkeypatch.setattr(limits, "SERVICES_MAX", 3)
-    limited = limiter(Clock(), service_requests=1)
+    clock = Clock()
+    limited = limiter(clock, service_requests=1)
     for number in range(10):
+        clock.now += 1.0
         assert limited.admit(f"s{number}", 1, 1) == 1
     assert len(limited._services) == 3
+
+
+def test_a_debt_is_not_forgotten_for_newcomers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flood of names does not give a service its rate anew; they share one among themselves."""
+    monkeypatch.setattr(limits, "SERVICES_MAX", 3)
+    clock = Clock()
+    limited = limiter(clock, service_ids=1_000)
+    for victim in ("a", "b", "c"):
+        assert limited.admit(victim, 1, 1_000_000) == 1
+    assert [limited.admit(f"s{number}", 1, 60) for number in range(4)] == [1, 1, 0, 0]
+    clock.now += 1.0
+    assert limited.admit("a", 1, 1) == 0
+    assert limited.wait_ms("a") > 990_000
 
 
 def test_who_is_too_fast_is_told_how_long_to_wait() -> None:
