@@ -153,8 +153,9 @@ def test_a_missing_server_skips_elsewhere(
 
 
 _STARTS_A_SERVER_AND_WAITS: Final = """
-import sys, time
+import signal, sys, time
 from tests.real.redis_server import RedisServer
+signal.signal(signal.SIGINT, signal.default_int_handler)  # A job in the background ignores it.
 with RedisServer() as redis:
     print(redis.pid, redis.folder, flush=True)
     time.sleep(60)
