@@ -245,6 +245,8 @@ class Workers:
                 said = await link.receive() or {}
                 if "ready" in said:
                     task_status.started(said["ready"])
+                    if task_status is trio.TASK_STATUS_IGNORED:  # Nobody waits for a successor.
+                        log.event("a worker serves again", worker=number, pid=process.pid)
                     await self._listen(number, link, settings)
             status = await process.wait()
         finally:

@@ -181,6 +181,7 @@ def test_a_dead_worker_takes_no_other_connection_with_it(server: ServerProcess) 
         before = int(asking.stats()["ids_total"])
         doomed.kill()
         until(lambda: asking.stats()["worker_restarts_total"] == "1")
+        until(lambda: any("info a worker serves again" in line for line in server.lines))
         until(lambda: asking.stats()["workers_silent"] == "0")
         assert int(asking.stats()["ids_total"]) >= before
         ended = rf"a worker ended worker=\d pid={doomed.pid} status=-9"
