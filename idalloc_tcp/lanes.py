@@ -20,6 +20,7 @@ from typing import Final, final
 import attrs
 import trio
 
+from idalloc_tcp import log
 from idalloc_tcp.observation import Observer
 from idalloc_tcp.session import RECEIVE_BYTES, Session
 
@@ -94,7 +95,7 @@ class Sweep:
             rider.active_at = now
             heard.append(rider)
             chunks.append(data)
-        for rider, data, replies in zip(heard, chunks, self._answer(chunks), strict=True):
+        for rider, data, replies in zip(heard, chunks, self._answer_known(chunks), strict=True):
             if not replies:
                 rider.converse(data)
                 continue
@@ -105,6 +106,15 @@ class Sweep:
                 continue
             if sent != len(replies):
                 rider.keep(replies[sent:])
+
+    def _answer_known(self, chunks: Sequence[bytes]) -> Sequence[bytes]:
+        try:
+            return self._answer(chunks)
+        except Exception:
+            # A fault with one request must not end the lane of all. What had been taken is lost;
+            # the sessions answer for themselves, and each bears its own error.
+            log.sparingly(log.ERROR, "the short way to a reply failed")
+            return no_short_way(chunks)
 
     def tell(self, session: Session, heard_at: float) -> None:
         """Note what a session answered to requests with a trace."""

@@ -1,7 +1,7 @@
 """The sweep by itself: whose turn it is, for how long, and who needs a task of its own."""
 
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Final
 
@@ -141,6 +141,24 @@ async def test_an_error_of_one_session_is_its_own() -> None:
             assert await hear(theirs_too) == b"OK 1 1\n"
             nursery.cancel_scope.cancel()
             await trio.lowlevel.cancel_shielded_checkpoint()
+
+
+async def test_a_fault_of_the_short_way_harms_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    """Sessions then answer for themselves, and the log says why."""
+
+    def fail(_chunks: Sequence[bytes]) -> Sequence[bytes]:
+        raise RuntimeError("a bug")
+
+    sweep = Sweep(Observer(Metrics(), lambda _service: ""), fail)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(sweep.run)
+        with sockets() as (ours, theirs):
+            nursery.start_soon(sweep.rider(ours, Lane().session).ride)
+            theirs.send(ASK)
+            assert await hear(theirs) == b"OK 1 1\n"
+            nursery.cancel_scope.cancel()
+            await trio.lowlevel.cancel_shielded_checkpoint()
+    assert "the short way to a reply failed" in caplog.messages
 
 
 async def test_a_cancelled_ride_takes_nothing_more() -> None:
