@@ -5,7 +5,7 @@ import signal
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Final, final
+from typing import TYPE_CHECKING, Final, final
 
 import attrs
 import trio
@@ -13,7 +13,7 @@ import trio
 from idalloc_tcp import __version__, log
 from idalloc_tcp.assembly import RELOADABLE, Parts, apply, open_server, share_of
 from idalloc_tcp.errors import Busy
-from idalloc_tcp.link import Link, Message, Query
+from idalloc_tcp.garbage import clear_up
 from idalloc_tcp.listeners import (
     Listener,
     close_listeners,
@@ -30,7 +30,11 @@ from idalloc_tcp.signals import Action, act_on_signals, stop_on_signals
 from idalloc_tcp.snapshot import Snapshot
 from idalloc_tcp.stores import mysql_url
 from idalloc_tcp.systemd import ServiceManager
-from idalloc_tcp.workers import GATHER_SECONDS, Workers, ready_message
+
+if TYPE_CHECKING:
+    # A server of one process needs none of them: they are imported where there are several.
+    from idalloc_tcp.link import Link, Message, Query
+    from idalloc_tcp.workers import Workers
 
 #: So many of the busiest services are part of a status in the log.
 STATUS_SERVICES_MAX: Final = 5
@@ -69,6 +73,7 @@ def serve(read: Callable[[], Settings]) -> None:
     settings = read()
     manager = ServiceManager.take(os.environ)
     repeats = log.configure(settings.log_level, settings.log_format)
+    clear_up()
     trio.run(_serve, settings, read, manager, repeats)
     log.event("stopped")
 
@@ -111,6 +116,8 @@ async def _serve_alone(process: _Process) -> None:
 
 
 async def _serve_together(process: _Process) -> None:
+    from idalloc_tcp.workers import Workers  # noqa: PLC0415
+
     count = len(process.shares)
     workers = Workers(share_of(process.settings, count), process.shares)
 
@@ -126,7 +133,7 @@ async def _serve_together(process: _Process) -> None:
 
 
 async def serve_linked(
-    settings: Settings, listeners: Sequence[Listener], link: Link, number: int
+    settings: Settings, listeners: Sequence[Listener], link: "Link", number: int
 ) -> None:
     """Be worker `number` of the parent on the other side of the link, until told to stop.
 
@@ -134,6 +141,8 @@ async def serve_linked(
         StartRefused: the data file cannot be used.
         SettingsError: a URL does not say what it should.
     """
+    from idalloc_tcp.workers import ready_message  # noqa: PLC0415
+
     repeats = log.configure(settings.log_level, settings.log_format, worker=number)
     async with open_server(settings, partial(_gather, link)) as (parts, described):
         actions = {signal.SIGUSR1: partial(_log_status, parts.server)}
@@ -154,7 +163,7 @@ async def _announce(process: _Process, described: Mapping[str, str]) -> None:
 
 
 async def _serve_admin(
-    process: _Process, server: Server | Workers, *, task_status: trio.TaskStatus[None]
+    process: _Process, server: "Server | Workers", *, task_status: trio.TaskStatus[None]
 ) -> None:
     """Show what a server of one process or of several does, if anywhere."""
     if not process.admin:
@@ -174,7 +183,7 @@ async def _serve_admin(
 
 @asynccontextmanager
 async def _attended(
-    server: Server | Workers,
+    server: "Server | Workers",
     actions: Mapping[signal.Signals, Action],
     manager: ServiceManager,
     repeats: Repeats,
@@ -190,7 +199,7 @@ async def _attended(
 
 
 def _actions(
-    server: Server | Workers, reload: Reload, manager: ServiceManager
+    server: "Server | Workers", reload: Reload, manager: ServiceManager
 ) -> dict[signal.Signals, Action]:
     async def reload_and_tell() -> None:
         if not server.is_stopping:
@@ -201,7 +210,7 @@ def _actions(
     return {signal.SIGHUP: reload_and_tell, signal.SIGUSR1: partial(_log_status, server)}
 
 
-async def _log_status(server: Server | Workers) -> None:
+async def _log_status(server: "Server | Workers") -> None:
     snapshot = await server.gather_all(STATUS_SERVICES_MAX)
     log.answer("status", **snapshot.rows)
     for rows in snapshot.services.values():
@@ -217,17 +226,20 @@ async def _sum_up(repeats: Repeats) -> None:
         repeats.sum_up()
 
 
-async def _gather(link: Link, service: str | None) -> Iterable[Row]:
+async def _gather(link: "Link", service: str | None) -> Iterable[Row]:
+    from idalloc_tcp.link import Query  # noqa: PLC0415
+    from idalloc_tcp.workers import GATHER_SECONDS  # noqa: PLC0415
+
     snapshot = await link.ask(Query(service), GATHER_SECONDS)
     if snapshot is None:
         raise Busy("the workers could not be asked in time; retry later")
     return snapshot.about(service)
 
 
-async def _answer(link: Link, parts: Parts, settings: Settings) -> None:
+async def _answer(link: "Link", parts: Parts, settings: Settings) -> None:
     from idalloc_tcp.admin.inspection import Inspection, Inspector  # noqa: PLC0415
 
-    async def answer(query: Query) -> Snapshot:
+    async def answer(query: "Query") -> Snapshot:
         nonlocal settings
         if query.settings is not None:
             settings = attrs.evolve(settings, **query.settings)
@@ -239,7 +251,7 @@ async def _answer(link: Link, parts: Parts, settings: Settings) -> None:
 
     inspector = Inspector()
 
-    async def inspect(wanted: Message) -> Message:
+    async def inspect(wanted: "Message") -> "Message":
         return attrs.asdict(await inspector.inspect(Inspection(**wanted)))
 
     await link.run(answer, inspect)

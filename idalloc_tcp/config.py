@@ -12,7 +12,6 @@ overrides replaces the whole value: a list or a table is never merged.
 """
 
 import argparse
-import tomllib
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -150,6 +149,8 @@ class _Reader:
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
+    import tomllib  # noqa: PLC0415 - many servers have no file
+
     try:
         with path.open("rb") as stream:
             content = stream.read(FILE_BYTES_MAX + 1)

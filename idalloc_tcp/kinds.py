@@ -4,7 +4,6 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, Generic, Literal, TypeVar, cast, final
-from urllib.parse import urlsplit
 
 import attrs
 
@@ -140,6 +139,8 @@ def store_url(*schemes: str) -> Kind[str]:
     forms = " or ".join(f"{scheme}://" for scheme in schemes)
 
     def read(value: object) -> str:
+        from urllib.parse import urlsplit  # noqa: PLC0415 - the embedded server needs none
+
         try:
             parts = urlsplit(value) if isinstance(value, str) else None
         except ValueError:  # Its text may quote the password.

@@ -26,7 +26,7 @@ from idalloc_tcp.connection import (
 )
 from idalloc_tcp.errors import Busy
 from idalloc_tcp.express import Express
-from idalloc_tcp.garbage import Residents
+from idalloc_tcp.garbage import Residents, clear_up
 from idalloc_tcp.lanes import HAS_EPOLL, Sweep
 from idalloc_tcp.limits import RateLimiter
 from idalloc_tcp.listeners import BACKLOG, Listener, close_listeners
@@ -102,6 +102,7 @@ class Server:
     ) -> None:
         """Serve until `stop`, then drain. Closes the listeners."""
         self._residents.settle()
+        clear_up()
         async with trio.open_nursery() as stores:
             await stores.start(self._allocator.run)
             async with trio.open_nursery() as lanes:

@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from functools import partial
-from typing import Final, Protocol, TypeAlias, final
+from typing import TYPE_CHECKING, Final, Protocol, TypeAlias, final
 
 import attrs
 import trio
@@ -18,12 +18,14 @@ from idalloc_tcp.counter import Counter
 from idalloc_tcp.errors import SettingsError, Unavailable
 from idalloc_tcp.health import Health
 from idalloc_tcp.ledger import SharedLedger, Tail
-from idalloc_tcp.ledger.mysql_url import MysqlUrl
 from idalloc_tcp.metrics import Metrics, Row
 from idalloc_tcp.pool import Segment
 from idalloc_tcp.reservation import CounterPolicy, CounterReservation, Reservation
 from idalloc_tcp.settings import Settings
 from idalloc_tcp.sync import Sync, SyncPolicy
+
+if TYPE_CHECKING:
+    from idalloc_tcp.ledger.mysql_url import MysqlUrl
 
 #: How long the tasks that are queued may take when stopping.
 SYNC_STOP_SECONDS: Final = 2.0
@@ -236,12 +238,14 @@ async def _watch(health: Health, sign: Callable[[], Awaitable[object]]) -> None:
         await trio.sleep(WATCH_SECONDS if health.is_up else WATCH_AGAIN_SECONDS)
 
 
-def mysql_url(settings: Settings) -> MysqlUrl:
+def mysql_url(settings: Settings) -> "MysqlUrl":
     """The parsed URL of the database.
 
     Raises:
         SettingsError: there is none, or it does not say what it should.
     """
+    from idalloc_tcp.ledger.mysql_url import MysqlUrl  # noqa: PLC0415
+
     try:
         return MysqlUrl.parse(settings.mysql or "")
     except ValueError as error:

@@ -19,6 +19,7 @@ runs it in a thread. The safety argument:
 
 import os
 import sqlite3
+import string
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from functools import partial
@@ -85,6 +86,9 @@ _GIVE_BACK: Final = """\
 UPDATE tbl_alloc_info
 SET last_alloc_value = :before, data_version = data_version + 1
 WHERE service_name = :service AND last_alloc_value = :last"""
+
+#: What stands for itself in the path of a URI.
+_PLAIN_BYTES: Final = frozenset(b"/._-" + string.ascii_letters.encode() + string.digits.encode())
 
 #: What SQLite's primary result codes mean to the person who runs the server.
 _PROBLEMS: Final = {
@@ -292,10 +296,19 @@ async def _in_thread(call: Callable[[], _T], limiter: trio.CapacityLimiter) -> _
         raise Unavailable(f"the data file cannot be used: {exc}") from exc
 
 
+def _uri_of(path: Path) -> str:
+    """The file, if it exists: `mode=rw` never makes one.
+
+    Not by `Path.as_uri`, which brings all that can be done with URLs into memory.
+    """
+    quoted = (chr(byte) if byte in _PLAIN_BYTES else f"%{byte:02x}" for byte in os.fsencode(path))
+    return f"file:{''.join(quoted)}?mode=rw"
+
+
 def _connect(path: Path, busy_timeout_seconds: float) -> sqlite3.Connection:
     """Open a file that exists: `mode=rw` never makes one."""
     return sqlite3.connect(
-        f"{path.as_uri()}?mode=rw",
+        _uri_of(path),
         uri=True,
         timeout=busy_timeout_seconds,
         isolation_level=None,
