@@ -1,7 +1,6 @@
 """The command line."""
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -12,7 +11,6 @@ import trio
 
 from idalloc_tcp import __version__, config
 from idalloc_tcp.address import Address, parse_address
-from idalloc_tcp.client import Client
 from idalloc_tcp.errors import IdallocError, SettingsError, StartRefused
 from idalloc_tcp.names import fold_name
 from idalloc_tcp.top.sample import parsed
@@ -199,6 +197,8 @@ def _doctor(options: argparse.Namespace) -> None:
 
 
 def _alloc(options: argparse.Namespace) -> None:
+    from idalloc_tcp.client import Client  # noqa: PLC0415 - a server needs none, here as below
+
     async def take() -> range:
         async with await Client.connect(options.server) as client:
             return await client.alloc(options.service, options.count)
@@ -208,12 +208,16 @@ def _alloc(options: argparse.Namespace) -> None:
 
 
 def _stats(options: argparse.Namespace) -> None:
+    from idalloc_tcp.client import Client  # noqa: PLC0415
+
     async def ask() -> dict[str, str]:
         async with await Client.connect(options.server) as client:
             return await client.stats(options.service)
 
     values = trio.run(ask)
     if options.json:
+        import json  # noqa: PLC0415
+
         print(json.dumps({name: parsed(value) for name, value in values.items()}))
         return
     width = max(map(len, values), default=0)
